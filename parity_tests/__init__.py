@@ -1,0 +1,1 @@
+"""Parity tests: the model against independent cases, and every target against the gold."""

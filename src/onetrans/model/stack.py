@@ -1,0 +1,279 @@
+"""The stack: pre-norm blocks with mixed parameters over the pyramid's anchored windows.
+
+S-tokens share one set of weights per layer; each NS position has its own. Dimensions as in `onetrans.kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from onetrans.kernels import candidate_attention, history_attention, mixed_ffn, mixed_linear, state_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """What the stack needs to know; fields as in `ModelConfig`."""
+
+    d: int
+    heads: int
+    l_ns: int
+    user_tokens: int
+    ffn_ratio: int
+    activation: str
+    gated: bool
+    bias: bool
+    norm_gain: str
+    output_projection: str
+    eps: float
+    keep: tuple[int, ...]
+    max_history: int
+    append_chunk: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Part of a user's keys and values in one layer: k, v [U, H, W, E] and valid tokens [U]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    length: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerWindow:
+    """Where a layer's window lies in the new tokens.
+
+    Attributes:
+        q_start: First new token that queries, counted from the first that enters the layer [U].
+        new_length: New tokens that enter the layer [U].
+        past_length: Tokens of the past that the layer still sees [U].
+        capacity: Most new tokens that can query; None where no token is dropped.
+    """
+
+    q_start: torch.Tensor
+    new_length: torch.Tensor
+    past_length: torch.Tensor
+    capacity: int | None
+
+
+def layer_windows(config: StackConfig, start_U: torch.Tensor, length_U: torch.Tensor) -> list[LayerWindow]:
+    """Windows of every layer for new tokens start … start + length - 1 of the history (features.windows has the rule)."""
+    total = start_U + length_U
+    anchor = total - total % config.append_chunk
+    keeps = (config.max_history, *config.keep)
+    starts = [(anchor - keep).clamp(min=0) for keep in keeps]
+    windows = []
+    for layer in range(len(config.keep)):
+        enters = torch.maximum(start_U, starts[layer])
+        windows.append(
+            LayerWindow(
+                q_start=torch.maximum(start_U, starts[layer + 1]) - enters,
+                new_length=total - enters,
+                past_length=(start_U - starts[layer]).clamp(min=0),
+                capacity=None if keeps[layer + 1] == keeps[layer] else keeps[layer + 1] + config.append_chunk - 1,
+            )
+        )
+    return windows
+
+
+def take_rows(x_UND: torch.Tensor, start_U: torch.Tensor, rows: int) -> torch.Tensor:
+    """Rows start[u] … start[u] + rows - 1 of each user, [U, rows, D]; past the end the last row is repeated."""
+    U, N, _ = x_UND.shape
+    index = (start_U[:, None] + torch.arange(rows, device=x_UND.device)).clamp(max=N - 1)
+    index = index + torch.arange(U, device=x_UND.device)[:, None] * N
+    return x_UND.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (U, rows))
+
+
+class Block(nn.Module):
+    """One layer: mixed causal attention over its window, then mixed feed-forward, each with a residual."""
+
+    def __init__(self, config: StackConfig, index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        d, P = config.d, config.l_ns
+        up = config.ffn_ratio * d * (2 if config.gated else 1)
+        down = config.ffn_ratio * d
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape) * shape[-2] ** -0.5)
+
+        self.wq_s = weight(1, d, d)
+        self.wkv_s = weight(1, d, 2 * d)
+        self.w1_s = weight(1, d, up)
+        self.w2_s = weight(1, down, d)
+        self.wqkv_ns = weight(P, d, 3 * d)
+        self.w1_ns = weight(P, d, up)
+        self.w2_ns = weight(P, down, d)
+        if config.output_projection != "none":
+            self.wo_s = weight(1, d, d)
+        if config.output_projection == "mixed":
+            self.wo_ns = weight(P, d, d)
+        if config.bias:
+            widths = {"bq_s": d, "bkv_s": 2 * d, "b1_s": up, "b2_s": d}
+            for name, width in widths.items():
+                self.register_parameter(name, nn.Parameter(torch.zeros(1, width)))
+            for name, width in {"bqkv_ns": 3 * d, "b1_ns": up, "b2_ns": d}.items():
+                self.register_parameter(name, nn.Parameter(torch.zeros(P, width)))
+        self.norm1 = nn.Parameter(torch.ones(d))
+        self.norm2 = nn.Parameter(torch.ones(d))
+        if config.norm_gain == "per_token":
+            self.norm1_ns = nn.Parameter(torch.ones(P, d))
+            self.norm2_ns = nn.Parameter(torch.ones(P, d))
+        scale = torch.ones(3 * d, dtype=torch.float64)
+        scale[:d] = (d // config.heads) ** -0.5
+        self.register_buffer("qkv_scale", scale, persistent=False)
+        self.qkv_scale: torch.Tensor
+
+    def _bias(self, name: str) -> torch.Tensor | None:
+        return getattr(self, name) if self.config.bias else None
+
+    def _heads(self, x_UND: torch.Tensor) -> torch.Tensor:
+        return x_UND.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+
+    def history_keys(self, x_UND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of every S-token in the window, each [U, H, N, E]; the layer's cacheable state."""
+        U, N, _ = x_UND.shape
+        kv = mixed_linear(
+            x_UND.reshape(1, U * N, -1), self.wkv_s, self.norm1, self.config.eps, self._bias("bkv_s"), None
+        )
+        k, v = kv.view(U, N, -1).chunk(2, dim=-1)
+        k, v = self._heads(k).contiguous(), self._heads(v).contiguous()
+        return state_value(k, f"k{self.index}"), state_value(v, f"v{self.index}")
+
+    def history(
+        self, x_UND: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: LayerWindow, past: Segment | None
+    ) -> torch.Tensor:
+        """The S-tokens that the layer queries, [U, Nq, D]."""
+        c = self.config
+        if window.capacity is not None:
+            x_UND = take_rows(x_UND, window.q_start, torch.sym_min(x_UND.shape[1], window.capacity))
+        U, N, D = x_UND.shape
+        x = x_UND.reshape(1, U * N, D)
+        scale = self.qkv_scale[0].to(self.wq_s.dtype)
+        bias = self._bias("bq_s")
+        q = mixed_linear(x, self.wq_s * scale, self.norm1, c.eps, None if bias is None else bias * scale, None)
+        past_args = (None, None, None) if past is None else (past.k, past.v, past.length)
+        out = history_attention(self._heads(q.view(U, N, D)), k, v, window.q_start, *past_args)
+        out = out.transpose(1, 2).reshape(1, U * N, D)
+        x = x + out if c.output_projection == "none" else mixed_linear(out, self.wo_s, None, c.eps, None, x)
+        x = mixed_ffn(
+            x, self.w1_s, self.w2_s, self.norm2, c.eps, c.activation, c.gated, self._bias("b1_s"), self._bias("b2_s")
+        )
+        return x.view(U, N, D)
+
+    def non_sequence(
+        self, x_PBD: torch.Tensor, first: int, segments: Sequence[Segment]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """NS-tokens first … first + P - 1 [P, B, D] over the user's segments; returns them with their K and V."""
+        c = self.config
+        P, B, D = x_PBD.shape
+        at = slice(first, first + P)
+
+        def part(name: str) -> torch.Tensor | None:
+            return getattr(self, name)[at] if c.bias else None
+
+        gain1, gain2 = (self.norm1_ns[at], self.norm2_ns[at]) if c.norm_gain == "per_token" else (self.norm1, self.norm2)
+        scale = self.qkv_scale.to(x_PBD.dtype)
+        bias = part("bqkv_ns")
+        weight = self.wqkv_ns[at] * scale.to(self.wqkv_ns.dtype)
+        qkv = mixed_linear(x_PBD, weight, gain1, c.eps, None if bias is None else bias * scale, None)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = candidate_attention(
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            [segment.k for segment in segments],
+            [segment.v for segment in segments],
+            [segment.length for segment in segments],
+        )
+        if c.output_projection == "mixed":
+            x_PBD = mixed_linear(out, self.wo_ns[at], None, c.eps, None, x_PBD)
+        elif c.output_projection == "shared":
+            rows = mixed_linear(out.view(1, P * B, D), self.wo_s, None, c.eps, None, x_PBD.reshape(1, P * B, D))
+            x_PBD = rows.view(P, B, D)
+        else:
+            x_PBD = x_PBD + out
+        x_PBD = mixed_ffn(
+            x_PBD, self.w1_ns[at], self.w2_ns[at], gain2, c.eps, c.activation, c.gated, part("b1_ns"), part("b2_ns")
+        )
+        return x_PBD, k, v
+
+
+class Stack(nn.Module):
+    """All layers between the tokenizers and the final norm."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(len(config.keep)))
+        self.recompute = False
+
+    def forward(
+        self,
+        s_UND: torch.Tensor,
+        user_PUD: torch.Tensor | None,
+        candidate_PBD: torch.Tensor,
+        start_U: torch.Tensor,
+        length_U: torch.Tensor,
+        past: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Runs the stack.
+
+        Args:
+            s_UND: New S-tokens [U, N, D], left-aligned.
+            user_PUD: User-scope NS-tokens [P_user, U, D], or None where there are none.
+            candidate_PBD: Candidate-scope NS-tokens [P_candidate, U·C, D], a user's candidates together.
+            start_U: Index of the first new S-token from the start of the history [U]; s_0 in a fresh prefill.
+            length_U: Valid new S-tokens [U], from 0.
+            past: K and V of each layer's earlier tokens, each [U, H, W_l, E] from s_{l-1} on; None in a fresh prefill.
+
+        Returns:
+            The user-scope and the candidate-scope NS-tokens after the last layer, shapes as they came.
+        """
+        windows = layer_windows(self.config, start_U, length_U)
+        lengths_UN = torch.stack([window.past_length + window.new_length for window in windows], dim=1)
+        lengths_UN = state_value(lengths_UN, "lengths")
+        for index, (block, window) in enumerate(zip(self.blocks, windows, strict=True)):
+            layer_past = None if past is None else past[index]
+            args = (block, s_UND, user_PUD, candidate_PBD, window, lengths_UN[:, index], layer_past)
+            if self.recompute and self.training:
+                s_UND, user_PUD, candidate_PBD = checkpoint(self._layer, *args, use_reentrant=False)
+            else:
+                s_UND, user_PUD, candidate_PBD = self._layer(*args)
+        return user_PUD, candidate_PBD
+
+    @staticmethod
+    def _layer(
+        block: Block,
+        s_UND: torch.Tensor,
+        user_PUD: torch.Tensor | None,
+        candidate_PBD: torch.Tensor,
+        window: LayerWindow,
+        window_length_U: torch.Tensor,
+        past: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        k, v = block.history_keys(s_UND)
+        if past is None:
+            before, segments = None, [Segment(k, v, window_length_U)]
+        else:
+            past_length_U = (window_length_U - window.new_length).clamp(min=0)
+            before = Segment(past[0], past[1], past_length_U)
+            segments = [before, Segment(k, v, window_length_U - past_length_U)]
+        s_UND = block.history(s_UND, k, v, window, before)
+        first = 0
+        if user_PUD is not None:
+            first, U = user_PUD.shape[0], user_PUD.shape[1]
+            user_PUD, user_k, user_v = block.non_sequence(user_PUD, 0, segments)
+            shape = (block.config.heads, block.config.d // block.config.heads)
+            user_k = state_value(user_k.unflatten(2, shape).permute(1, 2, 0, 3).contiguous(), f"user_k{block.index}")
+            user_v = state_value(user_v.unflatten(2, shape).permute(1, 2, 0, 3).contiguous(), f"user_v{block.index}")
+            full = torch.full((U,), first, dtype=window_length_U.dtype, device=user_k.device)
+            segments = [Segment(user_k, user_v, full), *segments]
+        candidate_PBD, _, _ = block.non_sequence(candidate_PBD, first, segments)
+        return s_UND, user_PUD, candidate_PBD
