@@ -1,0 +1,47 @@
+"""Lowers mixed_ffn."""
+
+from __future__ import annotations
+
+from onnxscript import opset23 as op
+from onnxscript.onnx_types import FLOAT
+
+from onetrans.export.targets.onnx.common import ints, pieces
+from onetrans.export.targets.onnx.mixed_linear import project, rms_norm
+
+
+def activate(x: FLOAT, activation: str) -> FLOAT:
+    """The named activation; gelu is the exact erf form."""
+    if activation == "gelu":
+        return op.Gelu(x)
+    if activation == "silu":
+        return op.Mul(x, op.Sigmoid(x))
+    if activation == "relu":
+        return op.Relu(x)
+    raise ValueError(f"the onnx target has no lowering for activation {activation!r}")
+
+
+def mixed_ffn(
+    x: FLOAT,
+    w1: FLOAT,
+    w2: FLOAT,
+    gain: FLOAT,
+    eps: float,
+    activation: str,
+    gated: bool,
+    b1: FLOAT | None = None,
+    b2: FLOAT | None = None,
+) -> FLOAT:
+    """x + act(RMSNorm(x) @ w1 + b1) @ w2 + b2; see `onetrans.kernels.mixed_ffn`."""
+    h = project(rms_norm(x, gain, eps, len(gain.shape) == 2), w1)
+    if b1 is not None:
+        h = op.Add(h, op.Unsqueeze(b1, ints(1)))
+    if gated:
+        half = ints(int(w2.shape[1]))
+        gate, value = pieces(h, [half, half])
+        h = op.Mul(activate(gate, activation), value)
+    else:
+        h = activate(h, activation)
+    y = project(h, w2)
+    if b2 is not None:
+        y = op.Add(y, op.Unsqueeze(b2, ints(1)))
+    return op.Add(x, y)
