@@ -8,7 +8,7 @@ import numpy as np
 from onnxscript import opset23 as op
 from onnxscript.onnx_types import FLOAT, INT64
 
-from onetrans.export.targets.onnx.common import MASKED, additive, floats, ints, pieces, positions, shape, size
+from onetrans.export.targets.onnx.common import MASKED, additive, floats, ints, positions, shape, size
 
 
 def candidate_attention(
@@ -22,24 +22,32 @@ def candidate_attention(
     def heads(x: FLOAT) -> FLOAT:  # [P, U·C, H·E] to [U, H, C, P, E]
         return op.Transpose(op.Reshape(x, split_heads), perm=[1, 3, 2, 0, 4])
 
+    def blocks(x: FLOAT) -> FLOAT:  # [U, H, C, P, E] to [U·H·C, P, E]
+        return op.Reshape(x, ints(-1, P, E))
+
     q_UHCPE, k_UHCPE, v_UHCPE = heads(q), heads(k), heads(v)
+    own = op.MatMul(blocks(q_UHCPE), op.Transpose(blocks(k_UHCPE), perm=[0, 2, 1]))
+    key = keys[0] if len(keys) == 1 else op.Concat(*keys, axis=2)
+    W = size(key, 2)
     rows = op.Reshape(q_UHCPE, shape(U, H, -1, E))
-    scores, masks, widths = [], [], []
-    for key, length in zip(keys, lengths, strict=True):
-        W = size(key, 2)
-        segment = op.MatMul(rows, op.Transpose(key, perm=[0, 1, 3, 2]))
-        scores.append(op.Reshape(segment, shape(U, H, -1, P, W)))
-        valid = op.Unsqueeze(op.Less(positions(W), op.Unsqueeze(length, ints(1))), ints(1, 2, 3))
-        masks.append(op.Expand(additive(valid), ints(1, 1, 1, P, 1)))
-        widths.append(W)
-    scores.append(op.MatMul(q_UHCPE, op.Transpose(k_UHCPE, perm=[0, 1, 2, 4, 3])))
-    causal = np.where(np.tril(np.ones((P, P), dtype=bool)), 0.0, MASKED)
-    masks.append(op.Expand(floats(causal[None, None, None]), shape(U, 1, 1, P, P)))
-    widths.append(ints(P))
-    weights = op.Softmax(op.Add(op.Concat(*scores, axis=-1), op.Concat(*masks, axis=-1)), axis=-1)
-    parts = pieces(weights, widths)
-    out = op.MatMul(parts[-1], v_UHCPE)
-    for part, value in zip(parts[:-1], values, strict=True):
-        on_user = op.MatMul(op.Reshape(part, shape(U, H, -1, size(value, 2))), value)
-        out = op.Add(out, op.Reshape(on_user, shape(U, H, -1, P, E)))
+    on_user = op.MatMul(rows, op.Transpose(key, perm=[0, 1, 3, 2]))
+    scores = op.Concat(op.Reshape(on_user, shape(U, H, -1, P, W)), op.Reshape(own, shape(U, H, -1, P, P)), axis=-1)
+    weights = op.Softmax(op.Add(scores, _mask(keys, lengths, P)), axis=-1)
+    # Zero rows for the own block: slicing the weights [U, H, C·P, W] instead would copy them (7 of 147 ms).
+    zeros = op.Expand(floats(0.0), shape(U, H, P, E))
+    full = op.Reshape(weights, shape(U, H, -1, op.Add(W, ints(P))))
+    out = op.Reshape(op.MatMul(full, op.Concat(*values, zeros, axis=2)), shape(U, H, -1, P, E))
+    own_weights = op.Slice(weights, W, op.Add(W, ints(P)), ints(-1))
+    out = op.Add(out, op.MatMul(own_weights, v_UHCPE))
     return op.Reshape(op.Transpose(out, perm=[3, 0, 2, 1, 4]), op.Shape(q))
+
+
+def _mask(keys: Sequence[FLOAT], lengths: Sequence[INT64], P: int) -> FLOAT:
+    """Additive mask [U, 1, 1, P, W + P]: the valid tokens of each segment, then the causal own block."""
+    masks = []
+    for key, length in zip(keys, lengths, strict=True):
+        valid = op.Unsqueeze(op.Less(positions(size(key, 2)), op.Unsqueeze(length, ints(1))), ints(1, 2, 3))
+        masks.append(op.Expand(additive(valid), ints(1, 1, 1, P, 1)))
+    causal = np.where(np.tril(np.ones((P, P), dtype=bool)), 0.0, MASKED)
+    masks.append(op.Expand(floats(causal[None, None, None]), shape(size(keys[0], 0), 1, 1, P, P)))
+    return op.Concat(*masks, axis=-1)
