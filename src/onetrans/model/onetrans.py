@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from onetrans.kernels import state_value
 from onetrans.kernels.mixed_linear import rms_norm
 from onetrans.model.config import ModelConfig
 from onetrans.model.stack import Stack, StackConfig
@@ -89,10 +90,10 @@ class OneTrans(nn.Module):
         if pooling == "mean":
             total = candidate_PBD.sum(0).view(U, C, D)
             if user_PUD is not None:
-                total = total + user_PUD.sum(0)[:, None]
+                total = total + state_value(user_PUD.sum(0)[:, None], "user_pooled")
             return total / self.config.l_ns
         joined = candidate_PBD.transpose(0, 1).reshape(U, C, P * D)
         if user_PUD is None:
             return joined
-        before = user_PUD.transpose(0, 1).reshape(U, 1, -1)
+        before = state_value(user_PUD.transpose(0, 1).reshape(U, 1, -1), "user_pooled")
         return torch.cat([before.expand(U, C, before.shape[2]), joined], dim=-1)

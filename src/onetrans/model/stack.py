@@ -239,9 +239,11 @@ class Stack(nn.Module):
         windows = layer_windows(self.config, start_U, length_U)
         lengths_UN = torch.stack([window.past_length + window.new_length for window in windows], dim=1)
         lengths_UN = state_value(lengths_UN, "lengths")
+        first = 0 if user_PUD is None else user_PUD.shape[0]
+        user_length_U = state_value(torch.full_like(start_U, first), "user_length")
         for index, (block, window) in enumerate(zip(self.blocks, windows, strict=True)):
             layer_past = None if past is None else past[index]
-            args = (block, s_UND, user_PUD, candidate_PBD, window, lengths_UN[:, index], layer_past)
+            args = (block, s_UND, user_PUD, candidate_PBD, window, lengths_UN[:, index], user_length_U, layer_past)
             if self.recompute and self.training:
                 s_UND, user_PUD, candidate_PBD = checkpoint(self._layer, *args, use_reentrant=False)
             else:
@@ -256,6 +258,7 @@ class Stack(nn.Module):
         candidate_PBD: torch.Tensor,
         window: LayerWindow,
         window_length_U: torch.Tensor,
+        user_length_U: torch.Tensor,
         past: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         k, v = block.history_keys(s_UND)
@@ -268,12 +271,11 @@ class Stack(nn.Module):
         s_UND = block.history(s_UND, k, v, window, before)
         first = 0
         if user_PUD is not None:
-            first, U = user_PUD.shape[0], user_PUD.shape[1]
+            first = user_PUD.shape[0]
             user_PUD, user_k, user_v = block.non_sequence(user_PUD, 0, segments)
             shape = (block.config.heads, block.config.d // block.config.heads)
             user_k = state_value(user_k.unflatten(2, shape).permute(1, 2, 0, 3).contiguous(), f"user_k{block.index}")
             user_v = state_value(user_v.unflatten(2, shape).permute(1, 2, 0, 3).contiguous(), f"user_v{block.index}")
-            full = torch.full((U,), first, dtype=window_length_U.dtype, device=user_k.device)
-            segments = [Segment(user_k, user_v, full), *segments]
+            segments = [Segment(user_k, user_v, user_length_U), *segments]
         candidate_PBD, _, _ = block.non_sequence(candidate_PBD, first, segments)
         return s_UND, user_PUD, candidate_PBD
