@@ -1,0 +1,1 @@
+"""Export: capture, split, passes, targets, the bundle writer and verify."""

@@ -1,0 +1,6 @@
+"""Serving: the bundle reader, the backends, and the Ranker. Needs no torch for the ONNX target."""
+
+from onetrans.runtime.bundle import Bundle
+from onetrans.runtime.ranker import Ranker, Scores
+
+__all__ = ["Bundle", "Ranker", "Scores"]

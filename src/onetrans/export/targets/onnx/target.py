@@ -1,0 +1,202 @@
+"""Lowers a program to an ONNX graph with the names and symbolic shapes of its specs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from onnxscript import ir
+from torch.export import Dim
+
+from onetrans.errors import ExportError
+from onetrans.export.capture import Program
+from onetrans.export.targets.onnx.candidate_attention import candidate_attention
+from onetrans.export.targets.onnx.history_attention import history_attention
+from onetrans.export.targets.onnx.mixed_ffn import mixed_ffn
+from onetrans.export.targets.onnx.mixed_linear import mixed_linear
+from onetrans.features.encode import TensorSpec
+
+OPSET = 23
+INLINE_BYTES = 1024  # smaller constants stay in the graph
+
+LOWERINGS: dict[str, Callable[..., Any]] = {
+    "mixed_linear": mixed_linear,
+    "mixed_ffn": mixed_ffn,
+    "history_attention": history_attention,
+    "candidate_attention": candidate_attention,
+}
+
+
+def lower(
+    program: Program,
+    examples: Mapping[str, torch.Tensor],
+    bounds: Mapping[str, tuple[int, int]],
+    outputs: Sequence[TensorSpec],
+    name: str,
+) -> ir.Model:
+    """The program as an ONNX model; weights are still inside.
+
+    Args:
+        program: A prefill, append or decode graph.
+        examples: Example inputs by name, symbolic sizes at least 2.
+        bounds: Least and greatest size of every symbolic dimension of the inputs.
+        outputs: One per output; their names and symbolic shapes become the graph's.
+        name: Of the graph.
+
+    Raises:
+        ExportError: An op has no lowering, or the exporter fails.
+    """
+    dims = {dim: Dim(re.sub(r"\W+", "_", dim).strip("_"), min=low, max=high) for dim, (low, high) in bounds.items()}
+    shapes = tuple({i: dims[d] for i, d in enumerate(spec.dims) if isinstance(d, str)} for spec in program.inputs)
+    arguments = tuple(examples[spec.name] for spec in program.inputs)
+    table = {getattr(torch.ops.onetrans, op).default: lowering for op, lowering in LOWERINGS.items()}
+    try:
+        with _quiet():
+            exported = torch.export.export(program.module, arguments, dynamic_shapes=shapes, strict=False)
+            made = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=table,
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ExportError(f"{name} cannot be lowered to ONNX: {reason[-1] if reason else type(error).__name__}") from error
+    assert made is not None
+    model: ir.Model = made.model
+    model.graph.name = name
+    symbols = _symbols(exported, program.inputs)
+    _clean(model, symbols)
+    _rename(model.graph.inputs, program.inputs)
+    _rename(model.graph.outputs, outputs)
+    model.producer_name, model.producer_version = "onetrans-export", ""
+    return model
+
+
+def _symbols(exported: torch.export.ExportedProgram, specs: Sequence[TensorSpec]) -> dict[str, str]:
+    """The exporter's names of symbolic sizes, such as s27, to the specs'."""
+    names: dict[str, str] = {}
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    user = set(exported.graph_signature.user_inputs)
+    for node, spec in zip([n for n in placeholders if n.name in user], specs, strict=True):
+        for size, dim in zip(node.meta["val"].shape, spec.dims, strict=True):
+            if isinstance(size, torch.SymInt):
+                names.setdefault(str(size.node.expr), str(dim))
+    return names
+
+
+def _clean(model: ir.Model, symbols: Mapping[str, str]) -> None:
+    """Drops what the exporter notes about source files, and puts the specs' symbols into all shapes."""
+
+    def renamed(dim: Any) -> Any:
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+            text = re.sub(r"\bs\d+\b", lambda m: symbols.get(m.group(), m.group()), str(dim.value))
+            return text.replace("Min(", "min(").replace("Max(", "max(")
+        return dim
+
+    model.metadata_props.clear()
+    model.doc_string = None
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        values.extend(node.outputs)
+    for value in values:
+        value.metadata_props.clear()
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+
+
+def _rename(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
+    for value, spec in zip(values, specs, strict=True):
+        value.name = spec.name
+        value.shape = ir.Shape(list(spec.dims))
+
+
+def external_weights(models: Mapping[str, ir.Model]) -> tuple[dict[str, torch.Tensor], dict[tuple[str, str], str]]:
+    """The constants of all graphs that go into the weights file, equal ones once.
+
+    Returns:
+        Tensors by name, and for (graph, initializer) the name its tensor has there.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    where: dict[tuple[str, str], str] = {}
+    for graph, model in models.items():
+        for initializer in model.graph.initializers.values():
+            assert initializer.const_value is not None
+            assert initializer.name is not None
+            if initializer.const_value.nbytes < INLINE_BYTES:
+                continue
+            value = _as_torch(initializer.const_value)
+            stem, name, count = initializer.name, initializer.name, 1
+            while name in tensors and not _same(tensors[name], value):
+                count += 1
+                name = f"{stem}.{count}"
+            tensors[name] = value
+            where[graph, initializer.name] = name
+    return tensors, where
+
+
+def serialise(model: ir.Model, names: Mapping[str, str], offsets: Mapping[str, tuple[int, int]], file: str) -> bytes:
+    """The model's bytes with its large initializers in `file`.
+
+    Args:
+        model: As `lower` gives it.
+        names: Initializer to its tensor in the weights file.
+        offsets: Tensor to (offset, length) in that file, bytes.
+        file: The weights file, beside the model.
+    """
+    for initializer in list(model.graph.initializers.values()):
+        assert initializer.name is not None
+        if initializer.name not in names:
+            continue
+        tensor = initializer.const_value
+        assert tensor is not None
+        offset, length = offsets[names[initializer.name]]
+        name = names[initializer.name]
+        if name != initializer.name:
+            model.graph.initializers.pop(initializer.name)
+            initializer.name = name
+            model.graph.initializers[name] = initializer
+        initializer.const_value = ir.ExternalTensor(
+            file, offset, length, tensor.dtype, shape=tensor.shape, name=name  # type: ignore[arg-type]
+        )
+    proto = ir.to_proto(model)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
+
+
+def _as_torch(tensor: Any) -> torch.Tensor:
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, torch.Tensor):
+        return raw.detach().contiguous()
+    return torch.from_numpy(tensor.numpy().copy())
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporters' own notes (absent torchvision, folding statistics) off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Training of the reference model: data, losses, metrics, optimisers and the loop, one file each."""

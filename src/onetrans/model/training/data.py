@@ -1,0 +1,161 @@
+"""Training data: a log's requests, split by time, in an order that seed, epoch and step alone decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from onetrans.errors import ConfigError, DataError
+from onetrans.features.batches import Batch, Requests, split_by_time
+from onetrans.features.logs import Logs
+from onetrans.features.popularity import popularity_scores
+from onetrans.features.synthetic import generate
+from onetrans.model.config import ModelConfig
+
+Inputs = dict[str, torch.Tensor]
+SORTED_BATCHES = 32  # batches whose requests are sorted together by history length
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """Size of the log that is generated where none is given.
+
+    Attributes:
+        users: Users of the log.
+        requests_per_user: Requests of each.
+        candidates_per_request: Candidates shown in each.
+        seed: Of the generator.
+    """
+
+    users: int = 2000
+    requests_per_user: int = 20
+    candidates_per_request: int = 20
+    seed: int = 0
+
+    def logs(self, model: ModelConfig) -> Logs:
+        """Generates the log under a model's schema.
+
+        Raises:
+            ConfigError: A size is too small, or the schema is not of the synthetic kind.
+        """
+        return generate(
+            users=self.users,
+            requests_per_user=self.requests_per_user,
+            candidates_per_request=self.candidates_per_request,
+            seed=self.seed,
+            schema=model.schema,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """One batch for the model; U requests, C candidates.
+
+    Attributes:
+        user: User-scope inputs.
+        candidate: Candidate-scope inputs [U, C].
+        click: float32 [U, C].
+        conversion: float32 [U, C].
+        mask: Where there is a candidate, bool [U, C].
+    """
+
+    user: Inputs
+    candidate: Inputs
+    click: torch.Tensor
+    conversion: torch.Tensor
+    mask: torch.Tensor
+
+
+class TrainingData:
+    """The requests of a log, those for training and those held out."""
+
+    def __init__(self, logs: Logs, model: ModelConfig, *, train_fraction: float) -> None:
+        """Splits a log by time.
+
+        Args:
+            logs: Of the model's schema.
+            model: Gives merge, history and chunk.
+            train_fraction: Share of the requests, the earliest, to train on.
+
+        Raises:
+            ConfigError: The fraction is not between 0 and 1.
+            DataError: The log's schema is not the model's, or one side of the split is empty.
+        """
+        if logs.schema != model.schema:
+            raise DataError(
+                "the log's schema is not the model's; train with a configuration made for this log (--config)"
+            )
+        merge: Mapping[str, str] = {"time": "time", "intent": "intent"}
+        self.logs = logs
+        self.requests = Requests(
+            logs,
+            merge="time" if merge[model.merge] == "time" else "intent",
+            max_history=model.max_history,
+            chunk=model.append_chunk,
+        )
+        self.train, self.held_out = split_by_time(logs, train_fraction)
+        self._events = np.array([len(self.requests.events(i)["timestamp"]) for i in range(len(self.requests))])
+
+    def batches_per_epoch(self, batch_requests: int) -> int:
+        """Batches of an epoch; requests that do not fill one wait for another epoch's order."""
+        if batch_requests > len(self.train):
+            raise ConfigError(f"batch_requests {batch_requests} exceeds the {len(self.train)} training requests")
+        return len(self.train) // batch_requests
+
+    def batch(self, *, seed: int, step: int, batch_requests: int) -> NDArray[np.int64]:
+        """Training requests of one step, counted from 0 over all epochs."""
+        epoch, place = divmod(step, self.batches_per_epoch(batch_requests))
+        return self._epoch(seed, epoch, batch_requests)[place]
+
+    @lru_cache(maxsize=1)  # noqa: B019 -- one epoch of one object
+    def _epoch(self, seed: int, epoch: int, batch_requests: int) -> NDArray[np.int64]:
+        """Batches [n, batch_requests] in random order, each of requests with histories of like length.
+
+        Requests are shuffled, and sorted by length within runs of `SORTED_BATCHES` batches: padding shrinks to a few
+        percent while a batch stays a random draw of its length.
+        """
+        rng = np.random.default_rng([seed, epoch])
+        count = self.batches_per_epoch(batch_requests)
+        order = rng.permutation(self.train)[: count * batch_requests]
+        run = SORTED_BATCHES * batch_requests
+        parts = [order[i : i + run] for i in range(0, len(order), run)]
+        order = np.concatenate([part[np.argsort(self._events[part], kind="stable")] for part in parts])
+        batches: NDArray[np.int64] = order.reshape(count, batch_requests)[rng.permutation(count)]
+        return batches
+
+    def held_out_batches(self, batch_requests: int) -> Iterator[NDArray[np.int64]]:
+        """All held-out requests, the shortest histories first."""
+        order = self.held_out[np.argsort(self._events[self.held_out], kind="stable")]
+        for i in range(0, len(order), batch_requests):
+            yield order[i : i + batch_requests]
+
+    def tensors(self, requests: NDArray[np.int64], device: torch.device) -> Tensors:
+        """The batch of some requests on a device."""
+        return to_tensors(self.requests.encode(requests), device)
+
+    def users(self, requests: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The user of each impression, in the order of `Tensors.mask`."""
+        index = self.requests.index
+        return np.repeat(index.user_id[requests], index.count[requests])
+
+    def popularity(self) -> NDArray[np.float64]:
+        """The popularity baseline's score of every held-out impression, requests in the order of `held_out`."""
+        scores: NDArray[np.float64] = popularity_scores(self.logs, self.train, self.held_out)
+        return scores
+
+
+def to_tensors(batch: Batch, device: torch.device) -> Tensors:
+    """Moves a batch to a device and parts its inputs by scope."""
+    inputs = {name: torch.from_numpy(column).to(device) for name, column in batch.inputs.items()}
+    return Tensors(
+        user={name: value for name, value in inputs.items() if not name.startswith("candidate_")},
+        candidate={name: value for name, value in inputs.items() if name.startswith("candidate_")},
+        click=torch.from_numpy(batch.labels["click"]).to(device),
+        conversion=torch.from_numpy(batch.labels["conversion"]).to(device),
+        mask=torch.from_numpy(batch.mask).to(device),
+    )

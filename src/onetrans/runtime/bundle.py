@@ -1,0 +1,94 @@
+"""Opens a bundle: checks its schema version, hashes and paths, and hands out the very bytes that were hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from onetrans.errors import BundleError
+from onetrans.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+MANIFEST_LIMIT = 64 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle.
+
+    Attributes:
+        path: The folder.
+        manifest: Its contract.
+        contents: Bytes of every file that the manifest lists, as hashed.
+    """
+
+    path: Path
+    manifest: Manifest
+    contents: Mapping[str, bytes]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Reads and checks a data bundle.
+
+        Raises:
+            BundleError: The folder, the manifest or a file is missing, changed, too new, or leaves the folder.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise BundleError(f"bundle {folder} {what}; give the folder that `onetrans export` wrote")
+        text = _read(folder, MANIFEST_FILE, None)
+        try:
+            manifest = Manifest.loads(text.decode(), str(folder / MANIFEST_FILE))
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{folder / MANIFEST_FILE} is not text ({error}); export the bundle again") from error
+        contents = {}
+        for name, stated in manifest.files.items():
+            if not FILE_NAME.fullmatch(name):
+                raise BundleError(f"bundle {folder} lists {name!r}, which leaves its folder; do not trust this bundle")
+            contents[name] = _read(folder, name, stated)
+        for graph in manifest.graphs.values():
+            if graph.file not in contents:
+                raise BundleError(f"bundle {folder} does not list {graph.file}, which a graph needs")
+            _check_external_data(contents[graph.file], folder / graph.file)
+        return cls(folder, manifest, contents)
+
+
+def _read(folder: Path, name: str, stated: Mapping[str, object] | None) -> bytes:
+    path = folder / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise BundleError(f"bundle {folder} lacks {name}; export it again or copy it whole") from None
+    except OSError as error:
+        if path.is_symlink():
+            raise BundleError(f"{path} is a link; a bundle holds plain files only: copy the file itself") from None
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise BundleError(f"{path} is a link or no plain file; a bundle holds plain files only: copy the file itself")
+        limit = MANIFEST_LIMIT if stated is None else stated.get("bytes")
+        if status.st_size > MANIFEST_LIMIT if stated is None else status.st_size != limit:
+            raise BundleError(f"{path} has {status.st_size} bytes, expected {limit}; export the bundle again")
+        content = file.read()
+    if stated is not None and hashlib.sha256(content).hexdigest() != stated.get("sha256"):
+        raise BundleError(f"{path} was changed since it was written (sha256 differs); export the bundle again")
+    return content
+
+
+def _check_external_data(model: bytes, path: Path) -> None:
+    """Refuses an ONNX file whose external data lies anywhere but in the weights file.
+
+    ONNX states it as a protobuf entry {key: "location", value: FILE}. Every "location" that is not part of a longer name
+    must stand in that entry, in canonical encoding, with the weights file as its value.
+    """
+    allowed = b"\n\x08location\x12" + bytes([len(WEIGHTS_FILE)]) + WEIGHTS_FILE.encode()
+    for match in re.finditer(rb"(?<![A-Za-z0-9_./])location", model):
+        if model[match.start() - 2 : match.start() - 2 + len(allowed)] != allowed:
+            raise BundleError(f"{path} refers to data outside {WEIGHTS_FILE}; do not trust this bundle")

@@ -1,0 +1,38 @@
+"""Tensors of a safetensors file as views of its bytes: a bundle's weights are in memory once, however many graphs read them.
+
+The library's own reader copies each tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onetrans.errors import BundleError
+
+DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "BOOL": np.bool_}
+
+
+def read_tensors(content: bytes, where: str) -> dict[str, NDArray[Any]]:
+    """Tensors of a safetensors file, as views of its bytes.
+
+    Raises:
+        BundleError: The header does not describe the file.
+    """
+    try:
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        views = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, stop = entry["data_offsets"]
+            dtype = np.dtype(DTYPES[entry["dtype"]])
+            count = (stop - begin) // dtype.itemsize
+            views[name] = np.frombuffer(content, dtype, count, end + begin).reshape(entry["shape"])
+        return views
+    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise BundleError(f"{where} is not a safetensors file that this release reads: {error}") from error
