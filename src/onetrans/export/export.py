@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 
 from onetrans import __version__
-from onetrans.errors import ConfigError
 from onetrans.export.capture import Program, capture
+from onetrans.export.config import DTYPES, ExportConfig
 from onetrans.export.gold import build_cases
 from onetrans.export.probe import probe_split
 from onetrans.export.split import Split, SplitReport, extract, split
@@ -44,40 +43,6 @@ from onetrans.runtime.manifest import (
 )
 
 log = logging.getLogger(__name__)
-
-TARGETS = ("onnx",)
-PRECISIONS: Mapping[str, tuple[str, ...]] = {"onnx": ("fp32",)}
-DTYPES = {"fp32": "float32"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """What to export to.
-
-    Attributes:
-        target: One of TARGETS.
-        precision: dtype of weights, activations and state.
-        max_users: Greatest U of a batch.
-        max_candidates: Greatest C of a request.
-        seed: Of the parity cases.
-    """
-
-    target: str = "onnx"
-    precision: str = "fp32"
-    max_users: int = 64
-    max_candidates: int = 2048
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ConfigError(f"unknown target {self.target!r}; allowed: {', '.join(TARGETS)}")
-        if self.precision not in PRECISIONS[self.target]:
-            allowed = ", ".join(PRECISIONS[self.target])
-            raise ConfigError(f"target {self.target} cannot run precision {self.precision!r}; allowed: {allowed}")
-        for field, least in (("max_users", 2), ("max_candidates", 2)):
-            if getattr(self, field) < least:
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least {least}")
-
 
 def export(
     model: OneTrans,

@@ -1,0 +1,41 @@
+"""What every command prints with: progress and logs on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def stderr() -> Console:
+    """The console for progress and errors."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout, and nothing else."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def print_table(table: Table) -> None:
+    """A table on stdout, at full width where stdout is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    console.print(table)
+
+
+@contextmanager
+def stages(what: str) -> Iterator[Callable[[str], None]]:
+    """Shows the stage that runs: a spinner on a terminal, a line per stage elsewhere."""
+    console = stderr()
+    if not console.is_terminal:
+        yield lambda stage: console.print(f"{what}: {stage}", markup=False)
+        return
+    with console.status(what) as status:
+        yield lambda stage: status.update(f"{what}: {stage}")

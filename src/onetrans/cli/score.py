@@ -1,0 +1,73 @@
+"""`onetrans score`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import track
+from rich.table import Table
+
+from onetrans.cli.console import print_json, print_table, stderr
+from onetrans.errors import ConfigError, DataError
+from onetrans.features.folders import write_new_text
+from onetrans.features.requests import Request, read_requests
+from onetrans.runtime.ranker import Ranker, Scores
+
+
+@click.command("score")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--input", "source", required=True, type=click.Path(path_type=Path), help="Requests: a JSON file or a log folder."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Write the scores to this new JSON file.")
+@click.option("--top", default=10, show_default=True, help="Candidates shown per request in the table.")
+@click.option("--limit", type=int, help="Score only the first requests.")
+@click.option("--threads", type=int, help="Of the backend.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def score_command(
+    bundle: Path, source: Path, output: Path | None, top: int, limit: int | None, threads: int | None, as_json: bool
+) -> None:
+    """Score requests from JSON or Parquet with a bundle."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit is {limit}; it must be at least 1")
+    ranker = Ranker.open(bundle, threads=threads)
+    requests = read_requests(source, ranker.bundle.manifest.schema)[:limit]
+    scored = []
+    for index, request in enumerate(track(requests, "scoring", console=stderr(), disable=len(requests) < 20)):
+        try:
+            scores = ranker.rank(history=request.history, profile=request.profile, candidates=request.candidates)
+        except DataError as error:
+            raise DataError(f"{source}, request {request.request or index}: {error}") from error
+        scored.append((request, scores))
+    result = {"bundle": str(bundle), "model": ranker.bundle.manifest.name, "requests": [_plain(*s) for s in scored]}
+    if output is not None:
+        write_new_text(output, json.dumps(result, ensure_ascii=False) + "\n")
+    if as_json:
+        print_json(result)
+    elif output is None:
+        for index, (request, scores) in enumerate(scored):
+            print_table(_table(request, scores, index, top))
+
+
+def _plain(request: Request, scores: Scores) -> dict[str, Any]:
+    return {
+        "request": request.request,
+        "user": request.user,
+        "scores": {task: values.tolist() for task, values in scores.probabilities().items()},
+        "logits": {task: values.tolist() for task, values in scores.logits.items()},
+        "ranking": scores.ranking().tolist(),
+        "milliseconds": {name: 1e3 * seconds for name, seconds in scores.seconds.items()},
+    }
+
+
+def _table(request: Request, scores: Scores, index: int, top: int) -> Table:
+    probabilities = scores.probabilities()
+    table = Table(title=f"request {request.request or index}", title_justify="left")
+    for column in ("rank", "candidate", *probabilities):
+        table.add_column(column, justify="right")
+    for rank, candidate in enumerate(scores.ranking()[:top], start=1):
+        table.add_row(str(rank), str(candidate), *(f"{values[candidate]:.4f}" for values in probabilities.values()))
+    return table
