@@ -63,7 +63,7 @@ def load_stack(case: Mapping[str, np.ndarray]) -> Stack:
 
 
 def run(stack: Stack, case: Mapping[str, np.ndarray], lengths: list[int]) -> tuple[torch.Tensor, list[list[Segment]]]:
-    """One pass over all `lengths` as users of one ragged batch: outputs [U, C, L_NS, D], and states by user and layer."""
+    """One pass over all `lengths` as one ragged batch: outputs [U, C, L_NS, D], and states by user and layer."""
     c = stack.config
     starts = [window_starts(n, max_history=c.max_history, keep=c.keep, chunk=c.append_chunk)[0] for n in lengths]
     widest = max(1, *(n - s for n, s in zip(lengths, starts, strict=True)))
@@ -78,8 +78,8 @@ def run(stack: Stack, case: Mapping[str, np.ndarray], lengths: list[int]) -> tup
     captured: list[list[torch.Tensor]] = [[], []]
     originals = [block.history_keys for block in stack.blocks]
 
-    def spy(block_keys):  # noqa: ANN001, ANN202
-        def keys(x):  # noqa: ANN001, ANN202
+    def spy(block_keys):
+        def keys(x):
             k, v = block_keys(x)
             captured[0].append(k)
             captured[1].append(v)
@@ -141,8 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         name = max(errors, key=errors.__getitem__)
         passed = errors[name] <= BOUND
-        print(f"{path.name}: {len(errors)} arrays, largest relative error {errors[name]:.2e} at {name}"
-              f"{'' if passed else f', beyond {BOUND:.0e}'}")
+        print(
+            f"{path.name}: {len(errors)} arrays, largest relative error {errors[name]:.2e} at {name}"
+            f"{'' if passed else f', beyond {BOUND:.0e}'}"
+        )
         status = status if passed else 1
     return status
 

@@ -13,7 +13,17 @@ from rich.table import Table
 from onetrans import __version__
 from onetrans.cli.console import print_json, print_table
 
-PACKAGES = ("numpy", "safetensors", "onnxruntime", "onnxruntime-gpu", "pyarrow", "torch", "onnx", "onnxscript", "triton")
+PACKAGES = (
+    "numpy",
+    "safetensors",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "pyarrow",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "triton",
+)
 NEEDS = {
     "serve an onnx bundle": ("onnxruntime",),
     "read and write Parquet logs": ("pyarrow",),

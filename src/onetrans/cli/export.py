@@ -81,7 +81,7 @@ def export_command(
         return
     stderr().print(
         f"{output}: {bundle.manifest.name} for {target} in {precision}, {seconds:.1f} s; {len(results)} parity cases"
-        f" passed, largest relative error {worst['relative_error']:.1e}; state {bundle.manifest.bytes_per_user / 1e6:.2f}"
-        " MB per user",
+        f" passed, largest relative error {worst['relative_error']:.1e};"
+        f" state {bundle.manifest.bytes_per_user / 1e6:.2f} MB per user",
         markup=False,
     )

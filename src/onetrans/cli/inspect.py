@@ -73,4 +73,6 @@ def _notes(manifest: Manifest) -> list[str]:
         f"folded: {len(split['folded'])} constants",
         "kept in decode although they read user-scope values:",
     ]
-    return notes + [f"  {held['node']} reads {', '.join(held['inputs'])}: {held['reason']}" for held in split["held_back"]]
+    return notes + [
+        f"  {held['node']} reads {', '.join(held['inputs'])}: {held['reason']}" for held in split["held_back"]
+    ]

@@ -1,6 +1,6 @@
-"""`onetrans` and `onetrans-export`: finds the command, runs it, and turns every failure into one line and an exit status.
+"""`onetrans` and `onetrans-export`: every failure becomes one line and an exit status.
 
-Exit statuses: 0 done; 1 the job failed (parity, disk full, an internal fault); 2 what was given is wrong; 130 interrupted.
+0 done; 1 the job failed (parity, disk full, an internal fault); 2 what was given is wrong; 130 interrupted.
 """
 
 from __future__ import annotations

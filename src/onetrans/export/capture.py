@@ -1,4 +1,4 @@
-"""Capture: a module's one `forward`, exported with dynamic shapes, as a graph whose only placeholders are its inputs."""
+"""Capture: a module's one `forward`, exported with dynamic shapes, as a graph whose placeholders are its inputs."""
 
 from __future__ import annotations
 

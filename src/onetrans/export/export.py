@@ -44,6 +44,7 @@ from onetrans.runtime.manifest import (
 
 log = logging.getLogger(__name__)
 
+
 def export(
     model: OneTrans,
     output: str | Path,
@@ -80,9 +81,7 @@ def export(
         stages.begin("probe")
         examples = _probe(model.config, parts)
         stages.begin("gold")
-        cases = build_cases(
-            model, max_candidates=config.max_candidates, max_users=config.max_users, seed=config.seed
-        )
+        cases = build_cases(model, max_candidates=config.max_candidates, max_users=config.max_users, seed=config.seed)
         stages.begin("lower")
         graphs = write_graphs(programs, parts.report, model.config, config, examples, folder)
         stages.begin("write")
@@ -116,7 +115,9 @@ def capture_model(model: OneTrans, config: ExportConfig) -> tuple[Program, Progr
         shape = (sizes["U"], c.heads, 7 + layer, c.head_dim)
         past.append((torch.randn(shape), torch.randn(shape)))
         past_specs += [
-            TensorSpec(name=f"past_{kind}{layer}", dtype="float32", dims=("U", c.heads, width, c.head_dim), scope="user")
+            TensorSpec(
+                name=f"past_{kind}{layer}", dtype="float32", dims=("U", c.heads, width, c.head_dim), scope="user"
+            )
             for kind in ("k", "v")
         ]
     return whole, capture(model, (user, candidate, past), [*order, *past_specs], bounds, c.tasks)
@@ -215,7 +216,9 @@ def safetensors_offsets(path: Path) -> dict[str, tuple[int, int]]:
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     base = 8 + size
-    return {name: (base + e["data_offsets"][0], e["data_offsets"][1] - e["data_offsets"][0]) for name, e in header.items()}
+    return {
+        name: (base + e["data_offsets"][0], e["data_offsets"][1] - e["data_offsets"][0]) for name, e in header.items()
+    }
 
 
 def _bounds_of(program: Program, model: ModelConfig, config: ExportConfig) -> dict[str, tuple[int, int]]:
@@ -285,7 +288,10 @@ def _manifest(
         tasks=c.tasks,
         split=dataclasses.asdict(report),
         parity={"case_names": [case.name for case in cases]},
-        tools={"onetrans-export": __version__, **{p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxscript")}},
+        tools={
+            "onetrans-export": __version__,
+            **{p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxscript")},
+        },
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         files=_hash_files(folder),
     )

@@ -97,9 +97,7 @@ def _window(config: ModelConfig, tokens: Sequence[TokenColumns], lengths: Sequen
         for t, n in zip(tokens, lengths, strict=True)
     ]
     keep, c = config.keep, config.append_chunk
-    starts = [
-        window_starts(len(t["behaviour"]), max_history=config.max_history, keep=keep, chunk=c)[0] for t in known
-    ]
+    starts = [window_starts(len(t["behaviour"]), max_history=config.max_history, keep=keep, chunk=c)[0] for t in known]
     return encode_tokens(config.schema, known, starts)
 
 

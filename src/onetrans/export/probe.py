@@ -9,8 +9,8 @@ from torch import fx
 
 from onetrans.errors import ExportError
 from onetrans.export.capture import Program
-from onetrans.export.split import Split, find_cut, state_name
-from onetrans.export.scope import analyse
+from onetrans.export.scope import analyse, state_name
+from onetrans.export.split import Split, find_cut
 
 Values = Mapping[str, torch.Tensor]
 

@@ -34,6 +34,11 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, int))
 
 
+def state_name(node: fx.Node) -> str:
+    """The name that a `state_value` gave the node, or the node's own."""
+    return str(node.meta.get("state_name", node.name))
+
+
 def analyse(program: Program) -> dict[fx.Node, NodeScope]:
     """The scope of every node: candidate if any input is, else user, else constant (design: capture and split).
 
@@ -73,7 +78,7 @@ def held_back(program: Program, scopes: dict[fx.Node, NodeScope]) -> tuple[HeldB
             origins[node] = frozenset().union(*(origins[argument] for argument in node.all_input_nodes))
         if node.op != "call_function" or scopes[node] != "candidate" or is_size(node):
             continue
-        user = tuple(a.name for a in node.all_input_nodes if scopes[a] == "user" and not is_size(a))
+        user = tuple(state_name(a) for a in node.all_input_nodes if scopes[a] == "user" and not is_size(a))
         if user:
             causes = sorted(frozenset().union(*(origins[a] for a in node.all_input_nodes)))
             shown = ", ".join(causes[:3]) + (f" and {len(causes) - 3} more" if len(causes) > 3 else "")

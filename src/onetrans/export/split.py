@@ -14,8 +14,8 @@ from onetrans.export.capture import Program
 from onetrans.export.passes.constant_folding import fold_constants
 from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.passes.partial_product import split_partial_products
+from onetrans.export.scope import HeldBack, NodeScope, analyse, held_back, is_size, state_name
 from onetrans.export.subgraph import subgraph, tensor_spec
-from onetrans.export.scope import HeldBack, NodeScope, analyse, held_back, is_size
 from onetrans.features.encode import TensorSpec
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def split(program: Program) -> Split:
     names = {node: state_name(node) for node in cut}
     prefill = subgraph(whole, wanted=cut, outputs=tuple(names.values()), given={})
     decode = subgraph(whole, wanted=whole.results(), outputs=whole.outputs, given=names)
-    nodes = {scope: 0 for scope in ("constant", "user", "candidate")}
+    nodes = dict.fromkeys(("constant", "user", "candidate"), 0)
     for node in whole.module.graph.nodes:
         if node.op in ("call_function", "get_attr") and not is_size(node):
             nodes[scopes[node]] += 1
@@ -142,11 +142,6 @@ def _named_source(node: fx.Node) -> fx.Node:
     while source.target in SELECTIONS and "state_name" not in source.meta:
         source = source.args[0]  # type: ignore[assignment]
     return source if "state_name" in source.meta else node
-
-
-def state_name(node: fx.Node) -> str:
-    """The name a `state_value` gave the node, or the node's own."""
-    return str(node.meta.get("state_name", node.name))
 
 
 def _erase_names(program: Program) -> Program:

@@ -13,7 +13,9 @@ from onetrans.export.scope import is_size
 from onetrans.features.encode import TensorSpec
 
 
-def subgraph(program: Program, *, wanted: list[fx.Node], outputs: tuple[str, ...], given: dict[fx.Node, str]) -> Program:
+def subgraph(
+    program: Program, *, wanted: list[fx.Node], outputs: tuple[str, ...], given: dict[fx.Node, str]
+) -> Program:
     """The part of a program that computes `wanted` from its inputs and from the values in `given`.
 
     Sizes are not carried across: each is read again from an input that has the same symbolic size.

@@ -45,8 +45,12 @@ class Feature:
     group: str = ""
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
+        if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ConfigError(f"feature name {self.name!r} is not an identifier (letters, digits, underscore)")
+        for field in ("vocab", "dim", "width"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ConfigError(f"feature {self.name}: {field} is {value!r}; it must be a whole number from 0")
         if self.name in RESERVED_NAMES:
             raise ConfigError(f"feature name {self.name!r} is reserved; rename the feature")
         if self.kind not in KINDS:
@@ -57,7 +61,7 @@ class Feature:
         if not embedded and (self.vocab or self.dim or self.table):
             raise ConfigError(f"feature {self.name}: numeric takes no vocab, dim or table")
         if (self.kind == "multi") != (self.width > 0):
-            raise ConfigError(f"feature {self.name}: width must be positive for multi and absent for {KINDS[:2]}")
+            raise ConfigError(f"feature {self.name}: width must be positive for multi, and absent for other kinds")
         if embedded and not self.table:
             object.__setattr__(self, "table", self.name)
 
@@ -85,14 +89,15 @@ class FeatureSchema:
     candidate: tuple[Feature, ...]
 
     def __post_init__(self) -> None:
-        if not self.behaviours or len(set(self.behaviours)) != len(self.behaviours):
-            raise ConfigError(f"behaviours {self.behaviours} must be distinct and at least one")
+        names = self.behaviours
+        if not names or len(set(names)) != len(names) or not all(isinstance(name, str) and name for name in names):
+            raise ConfigError(f"behaviours {names} must be distinct words, at least one")
         for part in PARTS:
             features: tuple[Feature, ...] = getattr(self, part)
             if not features:
                 raise ConfigError(f"the schema has no {part} feature; it needs at least one")
-            names = [feature.name for feature in features]
-            twice = {name for name in names if names.count(name) > 1}
+            given = [feature.name for feature in features]
+            twice = {name for name in given if given.count(name) > 1}
             if twice:
                 raise ConfigError(f"the schema names {part} feature {', '.join(sorted(twice))} twice")
         sizes: dict[str, tuple[int, int]] = {}
@@ -132,6 +137,8 @@ class FeatureSchema:
             unknown = set(data) - {"behaviours", *PARTS}
             if unknown:
                 raise ConfigError(f"unknown field in the feature schema: {', '.join(sorted(unknown))}")
+            if isinstance(data["behaviours"], str):
+                raise ConfigError(f"behaviours is {data['behaviours']!r}; give a list of words")
             return cls(behaviours=tuple(data["behaviours"]), **parts)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the feature schema cannot be read: {error}") from error

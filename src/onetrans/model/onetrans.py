@@ -49,9 +49,7 @@ class OneTrans(nn.Module):
         self.stack = Stack(stack_config(config))
         self.norm = nn.Parameter(torch.ones(config.d))
         wide = config.d * (config.l_ns if config.head_pooling == "concat" else 1)
-        self.heads = nn.ModuleDict(
-            {task: MLP(wide, config.head_hidden, 1, config.activation) for task in config.tasks}
-        )
+        self.heads = nn.ModuleDict({task: MLP(wide, config.head_hidden, 1, config.activation) for task in config.tasks})
 
     def forward(
         self,

@@ -1,5 +1,7 @@
-"""Named configurations. Sizes of OneTrans-S and -L follow arXiv 2510.26104, table 2; the paper does not say how the rest
-of its parameter counts divides between embeddings and tokenizers, so the item table is sized to reach them.
+"""Named configurations. Sizes of OneTrans-S and -L follow arXiv 2510.26104, table 2.
+
+The paper does not say how its parameter counts divide between the stack, the embeddings and the tokenizers; the item
+table is sized to reach them.
 """
 
 from __future__ import annotations

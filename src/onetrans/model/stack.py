@@ -62,7 +62,7 @@ class LayerWindow:
 
 
 def layer_windows(config: StackConfig, start_U: torch.Tensor, length_U: torch.Tensor) -> list[LayerWindow]:
-    """Windows of every layer for new tokens start … start + length - 1 of the history (features.windows has the rule)."""
+    """Windows of every layer for new tokens start … start + length - 1 of the history (the rule: features.windows)."""
     total = start_U + length_U
     anchor = total - total % config.append_chunk
     keeps = (config.max_history, *config.keep)
@@ -131,10 +131,12 @@ class Block(nn.Module):
         self.qkv_scale: torch.Tensor
 
     def _bias(self, name: str) -> torch.Tensor | None:
-        return getattr(self, name) if self.config.bias else None
+        return self.get_parameter(name) if self.config.bias else None
 
     def _heads(self, x_UND: torch.Tensor) -> torch.Tensor:
-        return x_UND.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+        U, N, _ = x_UND.shape
+        x_UNHE: torch.Tensor = x_UND.view(U, N, self.config.heads, -1)
+        return x_UNHE.transpose(1, 2)
 
     def history_keys(self, x_UND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of every S-token in the window, each [U, H, N, E]; the layer's cacheable state."""
@@ -152,7 +154,8 @@ class Block(nn.Module):
         """The S-tokens that the layer queries, [U, Nq, D]."""
         c = self.config
         if window.capacity is not None:
-            x_UND = take_rows(x_UND, window.q_start, torch.sym_min(x_UND.shape[1], window.capacity))
+            rows = torch.sym_min(x_UND.shape[1], window.capacity)
+            x_UND = take_rows(x_UND, window.q_start, rows)
         U, N, D = x_UND.shape
         x = x_UND.reshape(1, U * N, D)
         scale = self.qkv_scale[0].to(self.wq_s.dtype)
@@ -165,7 +168,8 @@ class Block(nn.Module):
         x = mixed_ffn(
             x, self.w1_s, self.w2_s, self.norm2, c.eps, c.activation, c.gated, self._bias("b1_s"), self._bias("b2_s")
         )
-        return x.view(U, N, D)
+        y_UND: torch.Tensor = x.view(U, N, D)
+        return y_UND
 
     def non_sequence(
         self, x_PBD: torch.Tensor, first: int, segments: Sequence[Segment]
@@ -176,9 +180,12 @@ class Block(nn.Module):
         at = slice(first, first + P)
 
         def part(name: str) -> torch.Tensor | None:
-            return getattr(self, name)[at] if c.bias else None
+            return self.get_parameter(name)[at] if c.bias else None
 
-        gain1, gain2 = (self.norm1_ns[at], self.norm2_ns[at]) if c.norm_gain == "per_token" else (self.norm1, self.norm2)
+        gain1: torch.Tensor = self.norm1
+        gain2: torch.Tensor = self.norm2
+        if c.norm_gain == "per_token":
+            gain1, gain2 = self.norm1_ns[at], self.norm2_ns[at]
         scale = self.qkv_scale.to(x_PBD.dtype)
         bias = part("bqkv_ns")
         weight = self.wqkv_ns[at] * scale.to(self.wqkv_ns.dtype)
@@ -242,6 +249,7 @@ class Stack(nn.Module):
         first = 0 if user_PUD is None else user_PUD.shape[0]
         user_length_U = state_value(torch.full_like(start_U, first), "user_length")
         for index, (block, window) in enumerate(zip(self.blocks, windows, strict=True)):
+            assert isinstance(block, Block)
             layer_past = None if past is None else past[index]
             args = (block, s_UND, user_PUD, candidate_PBD, window, lengths_UN[:, index], user_length_U, layer_past)
             if self.recompute and self.training:

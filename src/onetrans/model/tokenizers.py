@@ -82,10 +82,10 @@ class EventTokenizer(nn.Module):
         x_UNF = torch.cat(features, dim=-1)
         count = len(config.schema.behaviours)
         if len(self.mlps) == 1:
-            tokens = self.mlps[0](x_UNF)
+            tokens: torch.Tensor = self.mlps[0](x_UNF)
         else:
             is_kind = F.one_hot(behaviour_UN % count, count).to(dtype)
-            tokens = sum(mlp(x_UNF) * is_kind[..., i, None] for i, mlp in enumerate(self.mlps))
+            tokens = torch.stack([mlp(x_UNF) * is_kind[..., i, None] for i, mlp in enumerate(self.mlps)]).sum(0)
         tokens = tokens + F.embedding(behaviour_UN % count, self.behaviour)
         if config.merge == "intent":
             separator = F.embedding(behaviour_UN % count, self.separator)
@@ -151,6 +151,7 @@ class GroupWiseTokenizer(nn.Module):
         tokens: dict[str, list[torch.Tensor]] = {"user": [], "candidate": []}
         for (_, scope, members), mlp in zip(self.groups, self.mlps, strict=True):
             inputs = user if scope == "user" else candidate
+            assert isinstance(mlp, MLP)
             dtype = mlp.up.weight.dtype
             x = torch.cat([embed(f, inputs[f"{scope}_{f.name}"], dtype) for f in members], dim=-1)
             tokens[scope].append(mlp(x).reshape(-1, self.config.d))

@@ -72,7 +72,9 @@ def _read(folder: Path, name: str, stated: Mapping[str, object] | None) -> bytes
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise BundleError(f"{path} is a link or no plain file; a bundle holds plain files only: copy the file itself")
+            raise BundleError(
+                f"{path} is a link or no plain file; a bundle holds plain files only: copy the file itself"
+            )
         limit = MANIFEST_LIMIT if stated is None else stated.get("bytes")
         if status.st_size > MANIFEST_LIMIT if stated is None else status.st_size != limit:
             raise BundleError(f"{path} has {status.st_size} bytes, expected {limit}; export the bundle again")
@@ -85,8 +87,8 @@ def _read(folder: Path, name: str, stated: Mapping[str, object] | None) -> bytes
 def _check_external_data(model: bytes, path: Path) -> None:
     """Refuses an ONNX file whose external data lies anywhere but in the weights file.
 
-    ONNX states it as a protobuf entry {key: "location", value: FILE}. Every "location" that is not part of a longer name
-    must stand in that entry, in canonical encoding, with the weights file as its value.
+    ONNX states it as a protobuf entry {key: "location", value: FILE}. Every "location" that is not part of a longer
+    name must stand in that entry, in canonical encoding, with the weights file as its value.
     """
     allowed = b"\n\x08location\x12" + bytes([len(WEIGHTS_FILE)]) + WEIGHTS_FILE.encode()
     for match in re.finditer(rb"(?<![A-Za-z0-9_./])location", model):

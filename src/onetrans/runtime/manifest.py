@@ -143,7 +143,9 @@ class Manifest:
             raise BundleError(f"{where} does not describe a OneTrans bundle; its format must be {FORMAT!r}")
         version = body.get("schema_version")
         if not isinstance(version, int) or version > SCHEMA_VERSION:
-            raise BundleError(f"{where} has schema version {version}; this release reads up to {SCHEMA_VERSION}: upgrade")
+            raise BundleError(
+                f"{where} has schema version {version}; this release reads up to {SCHEMA_VERSION}: upgrade"
+            )
         digest = body.pop("digest", None)
         if digest != _digest(body) or text != _canonical({**body, "digest": digest}):
             raise BundleError(f"{where} was changed since it was written; export the bundle again")

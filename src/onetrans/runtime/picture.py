@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from onetrans.features.encode import TensorSpec
+from onetrans.features.windows import window_bounds
 from onetrans.runtime.manifest import Manifest, StateTensor
 
 ROW = 46
@@ -28,7 +29,7 @@ def draw_split(manifest: Manifest) -> str:
     ]
     inputs = {name: graph.inputs for name, graph in manifest.graphs.items()}
     parts += _box(24, TOP, 400, 34, USER, f"S-tokens of {_listed(inputs['prefill'], 'event_')}")
-    ns = f"{manifest.model['l_ns']} NS-tokens of {_listed(inputs['decode'], 'candidate_')}"
+    ns = f"{manifest.model['l_ns']} NS-tokens: {_listed(inputs['decode'], 'candidate_')}"
     parts += _box(806, TOP, 330, 34, CANDIDATE, ns)
     parts += _request_row(manifest)
     for layer in range(layers):
@@ -56,12 +57,17 @@ def _layer_row(manifest: Manifest, layer: int) -> list[str]:
     capacity = tensors[0].capacity if tensors else 0
     widest = max(t.capacity for t in manifest.state if t.window is not None)
     width = 150 + 250 * capacity / widest
-    label = f"layer {layer + 1}: {capacity} keys, " + ("no S-query" if last else f"{min(capacity, w.keep[layer])} queries")
+    bounds = window_bounds(max_history=w.max_history, keep=w.keep, chunk=w.append_chunk)
+    queries = "no S-query" if last else f"{bounds[layer + 1]} queries"
+    label = f"layer {layer + 1}: {capacity} keys, {queries} at most"
     parts = _box(24 + (400 - width) / 2, y, width, 34, USER, label, filled=False)
-    parts += _arrow(424, y + 17, 462)
+    parts += _arrow(224 + width / 2, y + 17, 462)
     parts += [_text(470, y + 22, _tensors_label(tensors))]
     parts += _arrow(752, y + 17, 806, CANDIDATE)
-    return [*parts, *_box(806, y, 330, 34, CANDIDATE, f"layer {layer + 1}: C × {manifest.model['l_ns']} rows attend", filled=False)]
+    return [
+        *parts,
+        *_box(806, y, 330, 34, CANDIDATE, f"layer {layer + 1}: C × {manifest.model['l_ns']} rows attend", filled=False),
+    ]
 
 
 def _request_row(manifest: Manifest) -> list[str]:
@@ -95,7 +101,7 @@ def _footer(manifest: Manifest, y: float) -> list[str]:
 
 def _listed(specs: tuple[TensorSpec, ...], prefix: str) -> str:
     names = [spec.name.removeprefix(prefix) for spec in specs if spec.name.startswith(prefix)]
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _size(count: int) -> str:
@@ -111,7 +117,8 @@ def _box(x: float, y: float, width: float, height: float, color: str, label: str
     return [
         f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height}" rx="5" fill="{fill}" stroke="{color}"'
         ' stroke-width="1.5"/>',
-        f'<text x="{x + width / 2:.1f}" y="{y + height / 2 + 4.5}" text-anchor="middle" fill="{ink}">{escape(label)}</text>',
+        f'<text x="{x + width / 2:.1f}" y="{y + height / 2 + 4.5}" text-anchor="middle" fill="{ink}">'
+        f"{escape(label)}</text>",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file as views of its bytes: a bundle's weights are in memory once, however many graphs read them.
+"""Tensors of a safetensors file as views of its bytes, so that the weights are in memory once for all graphs.
 
 The library's own reader copies each tensor.
 """
@@ -22,10 +22,10 @@ def read_tensors(content: bytes, where: str) -> dict[str, NDArray[Any]]:
     Raises:
         BundleError: The header does not describe the file.
     """
+    views: dict[str, NDArray[Any]] = {}
     try:
         end = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:end])
-        views = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -33,6 +33,6 @@ def read_tensors(content: bytes, where: str) -> dict[str, NDArray[Any]]:
             dtype = np.dtype(DTYPES[entry["dtype"]])
             count = (stop - begin) // dtype.itemsize
             views[name] = np.frombuffer(content, dtype, count, end + begin).reshape(entry["shape"])
-        return views
     except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise BundleError(f"{where} is not a safetensors file that this release reads: {error}") from error
+    return views

@@ -1,1 +1,1 @@
-"""Graph passes, one per file. Each takes a program and returns (program, what it did); listing the folder lists them."""
+"""Graph passes, one per file. Each takes a program and returns it with what was done; listing the folder lists them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from onetrans.errors import ConfigError, DataError
 from onetrans.features.batches import Batch, Requests, split_by_time
 from onetrans.features.logs import Logs
-from onetrans.features.popularity import popularity_scores
+from onetrans.features.schema import FeatureSchema
 from onetrans.features.synthetic import generate
 from onetrans.model.config import ModelConfig
 
@@ -86,15 +88,11 @@ class TrainingData:
             ConfigError: The fraction is not between 0 and 1.
             DataError: The log's schema is not the model's, or one side of the split is empty.
         """
-        if logs.schema != model.schema:
-            raise DataError(
-                "the log's schema is not the model's; train with a configuration made for this log (--config)"
-            )
-        merge: Mapping[str, str] = {"time": "time", "intent": "intent"}
+        _check_same_features(logs.schema, model.schema)
         self.logs = logs
         self.requests = Requests(
             logs,
-            merge="time" if merge[model.merge] == "time" else "intent",
+            merge="time" if model.merge == "time" else "intent",
             max_history=model.max_history,
             chunk=model.append_chunk,
         )
@@ -143,10 +141,15 @@ class TrainingData:
         index = self.requests.index
         return np.repeat(index.user_id[requests], index.count[requests])
 
-    def popularity(self) -> NDArray[np.float64]:
-        """The popularity baseline's score of every held-out impression, requests in the order of `held_out`."""
-        scores: NDArray[np.float64] = popularity_scores(self.logs, self.train, self.held_out)
-        return scores
+    def sha256(self) -> str:
+        """Of every value of the log, so that a resumed run can tell that it is the same."""
+        digest = hashlib.sha256()
+        for table in (self.logs.events, self.logs.impressions):
+            for field in dataclasses.fields(table):
+                value = getattr(table, field.name)
+                for column in value.values() if isinstance(value, dict) else (value,):
+                    digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
 
 
 def to_tensors(batch: Batch, device: torch.device) -> Tensors:
@@ -159,3 +162,17 @@ def to_tensors(batch: Batch, device: torch.device) -> Tensors:
         conversion=torch.from_numpy(batch.labels["conversion"]).to(device),
         mask=torch.from_numpy(batch.mask).to(device),
     )
+
+
+def _check_same_features(log: FeatureSchema, model: FeatureSchema) -> None:
+    """The values must mean the same; embedding dims, tables and groups are the model's affair."""
+    if log.behaviours != model.behaviours:
+        raise DataError(f"the log's behaviours are {log.behaviours}, the model's {model.behaviours}; make them equal")
+    theirs, ours = ({(part, f.name): (f.kind, f.vocab, f.width) for part, f in s.features()} for s in (log, model))
+    for part, name in theirs | ours:
+        there, here = theirs.get((part, name)), ours.get((part, name))
+        if there != here:
+            raise DataError(
+                f"{part} feature {name} is {there or 'absent'} (kind, vocab, width) in the log and {here or 'absent'}"
+                " in the model; give a --config made for this log"
+            )

@@ -7,9 +7,21 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from onetrans.errors import ConfigError
 from onetrans.model.training.data import Tensors
 
 TASKS = ("ctr", "cvr")
+
+
+def check_tasks(tasks: tuple[str, ...]) -> None:
+    """Raises where a log has no labels for a task.
+
+    Raises:
+        ConfigError: A task is neither of `TASKS`.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError(f"logs hold no labels for task {task!r}; training knows {', '.join(TASKS)}")
 
 
 def labels_of(task: str, batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

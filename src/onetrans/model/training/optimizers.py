@@ -53,3 +53,23 @@ class Optimizers:
                 group["lr"] = self._rates[name] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state of both as named tensors: `<optimiser>.<parameter>.<value>`."""
+        return {
+            f"{name}.{index}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+            for name, optimizer in self.named().items()
+            for index, values in optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+        }
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes back what `state` gave."""
+        for name, optimizer in self.named().items():
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for path, tensor in tensors.items():
+                owner, index, key = path.split(".")
+                if owner == name:
+                    state.setdefault(int(index), {})[key] = tensor
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -16,6 +16,7 @@ from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.manifest import WEIGHTS_FILE, Graph
 from onetrans.runtime.tensors import read_tensors
 
+
 def import_onnxruntime() -> ModuleType:
     """ONNX Runtime.
 
@@ -65,7 +66,9 @@ class OnnxRuntimeCpu(Backend):
     def append(self, state: State, inputs: Arrays) -> State:
         """See `Backend.append`."""
         if "append" not in self._sessions:
-            raise BundleError(f"{self.bundle.path} has no append graph: its {self.manifest.merge} merge always prefills")
+            raise BundleError(
+                f"{self.bundle.path} has no append graph: its {self.manifest.merge} merge always prefills"
+            )
         past = {f"past_{name}": value for name, value in state.tensors.items()}
         grown = self._new_state("append", inputs, past)
         old_lengths, new_lengths = state.tensors["lengths"].numpy(), grown.tensors["lengths"].numpy()

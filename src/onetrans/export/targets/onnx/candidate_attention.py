@@ -6,23 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 from onnxscript import opset23 as op
-from onnxscript.onnx_types import FLOAT, INT64
 
-from onetrans.export.targets.onnx.common import MASKED, additive, floats, ints, positions, shape, size
+from onetrans.export.targets.onnx.common import MASKED, Value, additive, floats, ints, positions, shape, size
 
 
 def candidate_attention(
-    q: FLOAT, k: FLOAT, v: FLOAT, keys: Sequence[FLOAT], values: Sequence[FLOAT], lengths: Sequence[INT64]
-) -> FLOAT:
+    q: Value, k: Value, v: Value, keys: Sequence[Value], values: Sequence[Value], lengths: Sequence[Value]
+) -> Value:
     """One softmax over the user's segments and the own causal block; see `onetrans.kernels.candidate_attention`."""
     P, H, E = int(q.shape[0]), int(keys[0].shape[1]), int(keys[0].shape[3])
     U = size(keys[0], 0)
     split_heads = shape(P, U, -1, H, E)
 
-    def heads(x: FLOAT) -> FLOAT:  # [P, U·C, H·E] to [U, H, C, P, E]
+    def heads(x: Value) -> Value:  # [P, U·C, H·E] to [U, H, C, P, E]
         return op.Transpose(op.Reshape(x, split_heads), perm=[1, 3, 2, 0, 4])
 
-    def blocks(x: FLOAT) -> FLOAT:  # [U, H, C, P, E] to [U·H·C, P, E]
+    def blocks(x: Value) -> Value:  # [U, H, C, P, E] to [U·H·C, P, E]
         return op.Reshape(x, ints(-1, P, E))
 
     q_UHCPE, k_UHCPE, v_UHCPE = heads(q), heads(k), heads(v)
@@ -42,7 +41,7 @@ def candidate_attention(
     return op.Reshape(op.Transpose(out, perm=[3, 0, 2, 1, 4]), op.Shape(q))
 
 
-def _mask(keys: Sequence[FLOAT], lengths: Sequence[INT64], P: int) -> FLOAT:
+def _mask(keys: Sequence[Value], lengths: Sequence[Value], P: int) -> Value:
     """Additive mask [U, 1, 1, P, W + P]: the valid tokens of each segment, then the causal own block."""
     masks = []
     for key, length in zip(keys, lengths, strict=True):

@@ -2,50 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
 from onnxscript import ir
 from onnxscript import opset23 as op
-from onnxscript.onnx_types import BOOL, FLOAT, INT64
+
+Value: TypeAlias = Any  # a value of the graph under construction; onnxscript types these by dtype, not as one class
 
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite; softmax makes it an exact 0
 
 
-def ints(*values: int) -> INT64:
+def ints(*values: int) -> Value:
     """A constant [n]."""
     return op.Constant(value_ints=list(values))
 
 
-def floats(array: np.ndarray | float) -> FLOAT:
+def floats(array: np.ndarray | float) -> Value:
     """A float32 constant."""
-    return op.Constant(value=ir.tensor(np.asarray(array, dtype=np.float32)))
+    return op.Constant(value=ir.to_proto(ir.tensor(np.asarray(array, dtype=np.float32))))
 
 
-def integer(value: int) -> INT64:
+def integer(value: int) -> Value:
     """A constant scalar."""
     return op.Constant(value_int=value)
 
 
-def size(x: FLOAT, axis: int) -> INT64:
+def size(x: Value, axis: int) -> Value:
     """The size of one axis, [1]."""
     return op.Shape(x, start=axis, end=axis + 1)
 
 
-def positions(count: INT64) -> INT64:
+def positions(count: Value) -> Value:
     """0 … count - 1 for a size [1]."""
     return op.Range(integer(0), op.Squeeze(count, ints(0)), integer(1))
 
 
-def additive(visible: BOOL) -> FLOAT:
+def additive(visible: Value) -> Value:
     """0 where visible, MASKED elsewhere."""
     return op.Where(visible, floats(0.0), floats(MASKED))
 
 
-def shape(*parts: INT64 | int) -> INT64:
+def shape(*parts: Value | int) -> Value:
     """A shape made of sizes [1] and plain integers."""
     return op.Concat(*(ints(part) if isinstance(part, int) else part for part in parts), axis=0)
 
 
-def pieces(x: FLOAT, widths: list[INT64]) -> list[FLOAT]:
+def pieces(x: Value, widths: list[Value]) -> list[Value]:
     """Cuts the last axis into pieces of the given sizes [1]."""
     cut, begin = [], ints(0)
     for width in widths:

@@ -1,21 +1,21 @@
-"""Lowers history_attention: the Attention operator in a prefill; two segments, without copying the past, in an append."""
+"""Lowers history_attention: the Attention operator in a prefill; two segments, the past uncopied, in an append."""
 
 from __future__ import annotations
 
 from onnxscript import opset23 as op
-from onnxscript.onnx_types import FLOAT, INT64
 
-from onetrans.export.targets.onnx.common import additive, ints, pieces, positions, size
+from onetrans.export.targets.onnx.common import Value, additive, ints, pieces, positions, size
+
 
 def history_attention(
-    q: FLOAT,
-    k: FLOAT,
-    v: FLOAT,
-    q_start: INT64,
-    past_k: FLOAT | None = None,
-    past_v: FLOAT | None = None,
-    past_length: INT64 | None = None,
-) -> FLOAT:
+    q: Value,
+    k: Value,
+    v: Value,
+    q_start: Value,
+    past_k: Value | None = None,
+    past_v: Value | None = None,
+    past_length: Value = None,
+) -> Value:
     """Lower-right causal attention of q [U, H, Nq, E]; see `onetrans.kernels.history_attention`."""
     last = op.Add(op.Unsqueeze(q_start, ints(1)), positions(size(q, 2)))
     visible = op.LessOrEqual(positions(size(k, 2)), op.Unsqueeze(last, ints(1, 3)))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from onnxscript import opset23 as op
-from onnxscript.onnx_types import FLOAT
 
-from onetrans.export.targets.onnx.common import ints, pieces
+from onetrans.export.targets.onnx.common import Value, ints, pieces
 from onetrans.export.targets.onnx.mixed_linear import project, rms_norm
 
 
-def activate(x: FLOAT, activation: str) -> FLOAT:
+def activate(x: Value, activation: str) -> Value:
     """The named activation; gelu is the exact erf form."""
     if activation == "gelu":
         return op.Gelu(x)
@@ -21,16 +20,16 @@ def activate(x: FLOAT, activation: str) -> FLOAT:
 
 
 def mixed_ffn(
-    x: FLOAT,
-    w1: FLOAT,
-    w2: FLOAT,
-    gain: FLOAT,
+    x: Value,
+    w1: Value,
+    w2: Value,
+    gain: Value,
     eps: float,
     activation: str,
     gated: bool,
-    b1: FLOAT | None = None,
-    b2: FLOAT | None = None,
-) -> FLOAT:
+    b1: Value | None = None,
+    b2: Value | None = None,
+) -> Value:
     """x + act(RMSNorm(x) @ w1 + b1) @ w2 + b2; see `onetrans.kernels.mixed_ffn`."""
     h = project(rms_norm(x, gain, eps, len(gain.shape) == 2), w1)
     if b1 is not None:

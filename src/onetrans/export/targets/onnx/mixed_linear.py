@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from onnxscript import opset23 as op
-from onnxscript.onnx_types import FLOAT
 
-from onetrans.export.targets.onnx.common import floats, ints
+from onetrans.export.targets.onnx.common import Value, floats, ints
 
 
-def rms_norm(x: FLOAT, gain: FLOAT, eps: float, per_position: bool) -> FLOAT:
+def rms_norm(x: Value, gain: Value, eps: float, per_position: bool) -> Value:
     """x [P, B, D] over its root mean square, times gain [D] or [P, D]; statistics in float32."""
     if not per_position:
         return op.RMSNormalization(x, gain, axis=-1, epsilon=eps, stash_type=1)
@@ -17,19 +16,19 @@ def rms_norm(x: FLOAT, gain: FLOAT, eps: float, per_position: bool) -> FLOAT:
     return op.Mul(op.RMSNormalization(x, ones, axis=-1, epsilon=eps, stash_type=1), op.Unsqueeze(gain, ints(1)))
 
 
-def project(x: FLOAT, w: FLOAT) -> FLOAT:
+def project(x: Value, w: Value) -> Value:
     """x [P, B, D] @ w [P, D, F]; one shared set of weights goes as a plain matrix, which runtimes prepack."""
     return op.MatMul(x, op.Squeeze(w, ints(0)) if w.shape[0] == 1 else w)
 
 
 def mixed_linear(
-    x: FLOAT,
-    w: FLOAT,
-    gain: FLOAT | None = None,
+    x: Value,
+    w: Value,
+    gain: Value | None = None,
     eps: float = 1e-6,
-    bias: FLOAT | None = None,
-    residual: FLOAT | None = None,
-) -> FLOAT:
+    bias: Value | None = None,
+    residual: Value | None = None,
+) -> Value:
     """residual + RMSNorm(x) @ w + bias; see `onetrans.kernels.mixed_linear`."""
     if gain is not None:
         x = rms_norm(x, gain, eps, len(gain.shape) == 2)

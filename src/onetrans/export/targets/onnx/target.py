@@ -68,7 +68,9 @@ def lower(
             )
     except Exception as error:
         reason = str(error).strip().splitlines()
-        raise ExportError(f"{name} cannot be lowered to ONNX: {reason[-1] if reason else type(error).__name__}") from error
+        raise ExportError(
+            f"{name} cannot be lowered to ONNX: {reason[-1] if reason else type(error).__name__}"
+        ) from error
     assert made is not None
     model: ir.Model = made.model
     model.graph.name = name
@@ -168,7 +170,12 @@ def serialise(model: ir.Model, names: Mapping[str, str], offsets: Mapping[str, t
             initializer.name = name
             model.graph.initializers[name] = initializer
         initializer.const_value = ir.ExternalTensor(
-            file, offset, length, tensor.dtype, shape=tensor.shape, name=name  # type: ignore[arg-type]
+            file,
+            offset,
+            length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
         )
     proto = ir.to_proto(model)
     content: bytes = proto.SerializeToString(deterministic=True)

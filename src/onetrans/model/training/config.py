@@ -1,0 +1,76 @@
+"""The training run's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from onetrans.errors import ConfigError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dense_optimizer": ("adam", "rmsprop"),
+    "precision": ("fp32", "bf16"),
+    "device": ("cpu", "cuda"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        batch_requests: Requests in a step; the candidates of a request share its history's one pass.
+        epochs: Passes over the training requests; a fraction stops early.
+        steps: Steps in all; 0 takes them from `epochs`.
+        train_fraction: Share of the requests, the earliest, to train on; the rest is held out.
+        dense_optimizer: `adam` (default: reaches a higher AUC in a short run), or the paper's `rmsprop` (lr 0.005).
+        dense_lr: Peak learning rate of all but the embedding tables.
+        embedding_lr: Peak learning rate of Adagrad on the embedding tables.
+        weight_decay: Of the dense optimiser.
+        warmup: Steps of linear warm-up; a half cosine to 5% follows.
+        clip: Largest norm of the dense gradients.
+        cvr_weight: Weight of every task's loss beside CTR's.
+        seed: Of the initial weights and the order of the batches.
+        precision: `fp32`, or `bf16`: autocast over float32 weights.
+        recompute: Keep each layer's inputs alone and run it again in the backward pass: less memory, more time.
+        checkpoint_every: Steps between checkpoints that a killed run can resume from.
+        device: `cpu` or `cuda`.
+    """
+
+    batch_requests: int = 64
+    epochs: float = 1.0
+    steps: int = 0
+    train_fraction: float = 0.9
+    dense_optimizer: str = "adam"
+    dense_lr: float = 1e-3
+    embedding_lr: float = 0.05
+    weight_decay: float = 0.0
+    warmup: int = 50
+    clip: float = 1.0
+    cvr_weight: float = 0.3
+    seed: int = 0
+    precision: str = "fp32"
+    recompute: bool = False
+    checkpoint_every: int = 100
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ConfigError(f"training {field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+        for field in ("batch_requests", "checkpoint_every"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"training {field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("epochs", "dense_lr", "embedding_lr", "clip"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ConfigError(f"training {field} is {getattr(self, field)}; it must be positive")
+        for field in ("steps", "weight_decay", "warmup", "cvr_weight", "seed"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise ConfigError(f"training {field} is {getattr(self, field)}; it must not be negative")
+        if not 0 < self.train_fraction < 1:
+            raise ConfigError(f"training train_fraction is {self.train_fraction}; it must lie between 0 and 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for records."""
+        return dataclasses.asdict(self)
