@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO ?= demo
+export PYTHONSAFEPATH = 1
+
+.PHONY: demo test install bench clean
+
+demo: $(VENV)/.installed  ## train tiny, export it to ONNX, verify, score a request, print latencies
+	rm -rf $(DEMO)
+	mkdir -p $(DEMO)
+	$(BIN)/onetrans train --preset tiny --output $(DEMO)/checkpoint --write-logs $(DEMO)/logs
+	$(BIN)/onetrans-export --checkpoint $(DEMO)/checkpoint --target onnx --output $(DEMO)/bundle
+	$(BIN)/onetrans verify $(DEMO)/bundle
+	$(BIN)/onetrans inspect $(DEMO)/bundle
+	$(BIN)/onetrans score $(DEMO)/bundle --input $(DEMO)/logs --limit 1
+	$(BIN)/onetrans bench $(DEMO)/bundle
+
+test: $(VENV)/.installed  ## ruff, mypy strict, pytest
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+install: $(VENV)/.installed
+
+bench: $(VENV)/.installed  ## measure everything in benchmarks/, then write the README's table
+	PYTHONSAFEPATH= $(BIN)/python -m benchmarks.cpu
+	PYTHONSAFEPATH= $(BIN)/python -m benchmarks.report
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[cpu,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
