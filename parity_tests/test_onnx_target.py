@@ -5,13 +5,13 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import numpy_helper
-from parity_tests.configs import VARIANTS, small_config
 
 from onetrans.errors import ExportError
 from onetrans.export.config import ExportConfig
 from onetrans.export.export import export
 from onetrans.model.checkpoint import random_model
 from onetrans.runtime.manifest import WEIGHTS_FILE
+from parity_tests.configs import VARIANTS, small_config
 
 SMALL = ExportConfig(max_users=8, max_candidates=600)
 
@@ -23,7 +23,9 @@ def bundle(request, tmp_path_factory):
 
 
 def graphs(bundle):
-    return {name: onnx.load_model_from_string(bundle.contents[graph.file]) for name, graph in bundle.manifest.graphs.items()}
+    return {
+        name: onnx.load_model_from_string(bundle.contents[graph.file]) for name, graph in bundle.manifest.graphs.items()
+    }
 
 
 def test_every_case_is_within_the_formula_and_1e_5_of_gold(bundle):
@@ -136,8 +138,9 @@ def test_mixed_projections_are_token_major_batched_products(bundle):
     products = [n for n in model.graph.node if n.op_type == "MatMul" and len(weights.get(n.input[1], ())) == 3]
     projections = 4 if bundle.manifest.model["output_projection"] == "mixed" else 3
     assert len(products) == projections * len(bundle.manifest.windows.keep)
+    user_tokens = [tensor.spec.dims[2] for tensor in bundle.manifest.state if tensor.spec.name == "user_k0"]
     positions = {weights[node.input[1]][0] for node in products}
-    assert positions == {bundle.manifest.model["l_ns"] - len([1 for s in bundle.manifest.state if s.spec.name == "user_k0"]) * 2}
+    assert positions == {bundle.manifest.model["l_ns"] - sum(user_tokens)}
 
 
 @pytest.mark.parametrize(("U", "C", "W"), [(1, 1, 1), (1, 600, 40), (8, 3, 71), (3, 1, 2)])

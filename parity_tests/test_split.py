@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from parity_tests.configs import VARIANTS, small_config
 from torch import nn
 
 from onetrans.errors import ExportError
@@ -16,6 +15,7 @@ from onetrans.export.split import Split, extract, split
 from onetrans.features.encode import TensorSpec
 from onetrans.model.checkpoint import random_model
 from onetrans.model.onetrans import OneTrans
+from parity_tests.configs import VARIANTS, small_config
 
 SIZES = {"U": 2, "C": 3, "L": 5}
 

@@ -56,10 +56,10 @@ def _layer_row(manifest: Manifest, layer: int) -> list[str]:
     tensors = [t for t in manifest.state if t.window == layer]
     capacity = tensors[0].capacity if tensors else 0
     widest = max(t.capacity for t in manifest.state if t.window is not None)
-    width = 150 + 250 * capacity / widest
+    width = 200 + 200 * capacity / widest
     bounds = window_bounds(max_history=w.max_history, keep=w.keep, chunk=w.append_chunk)
-    queries = "no S-query" if last else f"{bounds[layer + 1]} queries"
-    label = f"layer {layer + 1}: {capacity} keys, {queries} at most"
+    queries = "no S-query" if last else f"≤ {bounds[layer + 1]} queries"
+    label = f"layer {layer + 1}: ≤ {capacity} keys, {queries}"
     parts = _box(24 + (400 - width) / 2, y, width, 34, USER, label, filled=False)
     parts += _arrow(224 + width / 2, y + 17, 462)
     parts += [_text(470, y + 22, _tensors_label(tensors))]
@@ -101,7 +101,7 @@ def _footer(manifest: Manifest, y: float) -> list[str]:
 
 def _listed(specs: tuple[TensorSpec, ...], prefix: str) -> str:
     names = [spec.name.removeprefix(prefix) for spec in specs if spec.name.startswith(prefix)]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _size(count: int) -> str:
