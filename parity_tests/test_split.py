@@ -9,7 +9,7 @@ from torch import nn
 from onetrans.errors import ExportError
 from onetrans.export.capture import capture
 from onetrans.export.config import ExportConfig
-from onetrans.export.export import capture_model, random_inputs
+from onetrans.export.inputs import capture_model, random_inputs
 from onetrans.export.probe import probe_split
 from onetrans.export.split import Split, extract, split
 from onetrans.features.encode import TensorSpec
