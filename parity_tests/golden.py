@@ -96,7 +96,7 @@ def run(stack: Stack, case: Mapping[str, np.ndarray], lengths: list[int]) -> tup
     windows = layer_windows(c, start_U, length_U)
     states = [
         [
-            Segment(k[u][:, : w.new_length[u]], v[u][:, : w.new_length[u]], w.new_length[u])
+            Segment(k[u, : w.new_length[u]], v[u, : w.new_length[u]], w.new_length[u])
             for k, v, w in zip(*captured, windows, strict=True)
         ]
         for u in range(len(lengths))
@@ -124,7 +124,7 @@ def compare(case: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float]]:
             for kind, value in (("k", segment.k), ("v", segment.v)):
                 name = f"{kind}.{n}.{i}"
                 if name in case:
-                    yield name, relative(value.transpose(0, 1).flatten(1).numpy(), case[name])
+                    yield name, relative(value.flatten(1).numpy(), case[name])
 
 
 def main(arguments: list[str] | None = None) -> int:

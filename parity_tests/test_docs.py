@@ -71,5 +71,5 @@ def test_ci_runs_the_readmes_commands():
 
 def test_the_picture_is_that_of_onetrans_s():
     svg = (ROOT / "docs/split.svg").read_text()
-    for text in ("onetrans-s", "k0, v0 [U, 4, L, 64]", "k5, v5", "prefill: once per user", "decode: per candidate"):
+    for text in ("onetrans-s", "k0, v0 [U, L, 4, 64]", "k5, v5", "prefill: once per user", "decode: per candidate"):
         assert text in svg

@@ -45,16 +45,16 @@ def softmax_over(q, keys, values):
 def test_history_attention_is_lower_right_causal_over_valid_tokens(lengths, queries, past_lengths):
     U, H, E = len(lengths), 2, 3
     N = max(1, *lengths)
-    q, k, v = randn(U, H, queries, E), randn(U, H, N, E), randn(U, H, N, E)
+    q, k, v = randn(U, queries, H, E), randn(U, N, H, E), randn(U, N, H, E)
     q_start = torch.tensor([max(0, n - queries) for n in lengths])
     past = ()
     if past_lengths is not None:
         W = 6
         past_length = torch.tensor(past_lengths[:U])
-        past_k, past_v = randn(U, H, W, E), randn(U, H, W, E)
+        past_k, past_v = randn(U, W, H, E), randn(U, W, H, E)
         for u in range(U):  # what lies beyond the valid tokens must not matter
-            past_k[u, :, past_lengths[u] :] = float("nan")
-            past_v[u, :, past_lengths[u] :] = float("nan")
+            past_k[u, past_lengths[u] :] = float("nan")
+            past_v[u, past_lengths[u] :] = float("nan")
         past = (past_k, past_v, past_length)
     out = history_attention_reference(q, k, v, q_start, *past)
     for u, n in enumerate(lengths):
@@ -63,11 +63,11 @@ def test_history_attention_is_lower_right_causal_over_valid_tokens(lengths, quer
             if last >= n:
                 continue
             for h in range(H):
-                keys, values = list(k[u, h, : last + 1]), list(v[u, h, : last + 1])
+                keys, values = list(k[u, : last + 1, h]), list(v[u, : last + 1, h])
                 if past:
-                    keys += list(past[0][u, h, : past_lengths[u]])
-                    values += list(past[1][u, h, : past_lengths[u]])
-                torch.testing.assert_close(out[u, h, i], softmax_over(q[u, h, i], keys, values), rtol=1e-12, atol=1e-13)
+                    keys += list(past[0][u, : past_lengths[u], h])
+                    values += list(past[1][u, : past_lengths[u], h])
+                torch.testing.assert_close(out[u, i, h], softmax_over(q[u, i, h], keys, values), rtol=1e-12, atol=1e-13)
     assert torch.isfinite(out).all()
 
 
@@ -77,11 +77,11 @@ def test_candidate_attention_sees_the_users_valid_tokens_and_its_own_causal_bloc
     H, E, W = 2, 3, 5
     q, k, v = (randn(P, U * C, H * E) for _ in range(3))
     lengths = [torch.tensor(segment[:U]) for segment in segments]
-    keys, values = ([randn(U, H, W, E) for _ in segments] for _ in range(2))
+    keys, values = ([randn(U, W, H, E) for _ in segments] for _ in range(2))
     for length, key, value in zip(lengths, keys, values, strict=True):
         for u in range(U):
-            key[u, :, int(length[u]) :] = float("nan")
-            value[u, :, int(length[u]) :] = float("nan")
+            key[u, int(length[u]) :] = float("nan")
+            value[u, int(length[u]) :] = float("nan")
     out = candidate_attention_reference(q, k, v, keys, values, lengths)
     for b in range(U * C):
         u = b // C
@@ -90,7 +90,7 @@ def test_candidate_attention_sees_the_users_valid_tokens_and_its_own_causal_bloc
                 at = slice(h * E, (h + 1) * E)
                 seen = [(k[j, b, at], v[j, b, at]) for j in range(p + 1)]
                 for length, key, value in zip(lengths, keys, values, strict=True):
-                    seen += [(key[u, h, j], value[u, h, j]) for j in range(int(length[u]))]
+                    seen += [(key[u, j, h], value[u, j, h]) for j in range(int(length[u]))]
                 expected = softmax_over(q[p, b, at], *zip(*seen, strict=True))
                 torch.testing.assert_close(out[p, b, at], expected, rtol=1e-12, atol=1e-13)
 
@@ -143,10 +143,10 @@ def operands(dtype=DOUBLE):
         return torch.randn(shape, dtype=dtype).requires_grad_()
 
     U, H, E, W, P, C = 2, 2, 3, 4, 3, 2
-    history = (leaf(U, H, 2, E), leaf(U, H, 3, E), leaf(U, H, 3, E), torch.tensor([1, 0]))
-    past = (leaf(U, H, W, E), leaf(U, H, W, E), torch.tensor([4, 1]))
+    history = (leaf(U, 2, H, E), leaf(U, 3, H, E), leaf(U, 3, H, E), torch.tensor([1, 0]))
+    past = (leaf(U, W, H, E), leaf(U, W, H, E), torch.tensor([4, 1]))
     rows = [leaf(P, U * C, H * E) for _ in range(3)]
-    segment = ([leaf(U, H, W, E)], [leaf(U, H, W, E)], [torch.tensor([4, 0])])
+    segment = ([leaf(U, W, H, E)], [leaf(U, W, H, E)], [torch.tensor([4, 0])])
     return {
         "history_attention": (history_attention, history_attention_reference, history),
         "history_attention append": (history_attention, history_attention_reference, (*history, *past)),

@@ -138,7 +138,7 @@ def test_mixed_projections_are_token_major_batched_products(bundle):
     products = [n for n in model.graph.node if n.op_type == "MatMul" and len(weights.get(n.input[1], ())) == 3]
     projections = 4 if bundle.manifest.model["output_projection"] == "mixed" else 3
     assert len(products) == projections * len(bundle.manifest.windows.keep)
-    user_tokens = [tensor.spec.dims[2] for tensor in bundle.manifest.state if tensor.spec.name == "user_k0"]
+    user_tokens = [tensor.spec.dims[1] for tensor in bundle.manifest.state if tensor.spec.name == "user_k0"]
     positions = {weights[node.input[1]][0] for node in products}
     assert positions == {bundle.manifest.model["l_ns"] - sum(user_tokens)}
 

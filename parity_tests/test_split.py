@@ -64,7 +64,7 @@ def test_windows_in_the_cut_have_the_pyramids_sizes(captured):
     for layer in range(c.layers):
         bound = c.window_bounds[layer]
         window = "L" if bound == c.window_bounds[0] else f"min({bound}, L)"
-        assert cut[f"k{layer}"].dims == ("U", c.heads, window, c.head_dim), variant
+        assert cut[f"k{layer}"].dims == ("U", window, c.heads, c.head_dim), variant
 
 
 def test_prefill_and_decode_equal_the_whole_model_bit_for_bit(captured):
@@ -149,8 +149,8 @@ def test_append_graph_grows_a_state_to_that_of_a_fresh_prefill(captured):
     for name, value in grown.items():
         expected = fresh[name]
         if name[0] in "kv":
-            assert value.shape[2] == new - old, variant
-            expected = expected[:, :, old - (new - expected.shape[2]) :]
+            assert value.shape[1] == new - old, variant
+            expected = expected[:, old - (new - expected.shape[1]) :]
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 

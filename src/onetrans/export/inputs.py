@@ -34,11 +34,11 @@ def capture_model(model: OneTrans, config: ExportConfig) -> tuple[Program, Progr
     for layer in range(c.layers):
         width = f"W{layer}"
         bounds[width] = (1, c.window_bounds[layer])
-        shape = (SIZES["U"], c.heads, 7 + layer, c.head_dim)
+        shape = (SIZES["U"], 7 + layer, c.heads, c.head_dim)
         past.append((torch.randn(shape), torch.randn(shape)))
         past_specs += [
             TensorSpec(
-                name=f"past_{kind}{layer}", dtype="float32", dims=("U", c.heads, width, c.head_dim), scope="user"
+                name=f"past_{kind}{layer}", dtype="float32", dims=("U", width, c.heads, c.head_dim), scope="user"
             )
             for kind in ("k", "v")
         ]
@@ -97,7 +97,7 @@ def window_capacity(dim: str, model: ModelConfig) -> int:
 def past_examples(program: Program, model: ModelConfig) -> dict[str, torch.Tensor]:
     """Example keys and values of the past, where the program takes any."""
     return {
-        spec.name: torch.randn(2, model.heads, 7 + int(str(spec.dims[2])[1:]), model.head_dim)
+        spec.name: torch.randn(2, 7 + int(str(spec.dims[1])[1:]), model.heads, model.head_dim)
         for spec in program.inputs
         if spec.name.startswith("past_")
     }

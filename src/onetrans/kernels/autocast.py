@@ -7,7 +7,7 @@ Norm statistics, softmax and accumulation stay in float32 inside the ops.
 from __future__ import annotations
 
 import torch
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 DEVICES = ("cpu", "cuda")
 

@@ -26,7 +26,7 @@ def candidate_attention_reference(
         q_PBD: Queries of the NS-tokens [P, U·C, H·E], candidates of a user together, heads as contiguous slices.
         k_PBD: Keys of the candidates' own NS-tokens, likewise.
         v_PBD: Their values, likewise.
-        keys: The user's key segments, each [U, H, W_i, E], left-aligned; padding may hold anything.
+        keys: The user's key segments, each [U, W_i, H, E], left-aligned; padding may hold anything.
         values: The user's value segments, likewise.
         lengths: Valid tokens of each segment, each [U] int64, from 0.
 
@@ -37,7 +37,7 @@ def candidate_attention_reference(
     """
     wide = compute_dtype(q_PBD)
     P, B, D = q_PBD.shape
-    U, H, _, E = keys[0].shape
+    U, _, H, E = keys[0].shape
     C = B // U
 
     def heads(x_PBD: torch.Tensor) -> torch.Tensor:
@@ -47,11 +47,11 @@ def candidate_attention_reference(
     rows = q_UHCPE.reshape(U, H, C * P, E)
     scores, clean = [], []
     for key, value, length in zip(keys, values, lengths, strict=True):
-        W = key.shape[2]
+        W = key.shape[1]
         valid_UW = torch.arange(W, device=key.device) < length[:, None]
-        segment = torch.matmul(rows, key.to(wide).transpose(-1, -2)).view(U, H, C, P, W)
+        segment = torch.matmul(rows, key.to(wide).permute(0, 2, 3, 1)).view(U, H, C, P, W)
         scores.append(segment.masked_fill(~valid_UW[:, None, None, None], float("-inf")))
-        clean.append(value.to(wide).masked_fill(~valid_UW[:, None, :, None], 0.0))
+        clean.append(value.to(wide).masked_fill(~valid_UW[:, :, None, None], 0.0).transpose(1, 2))
     own = torch.matmul(q_UHCPE, k_UHCPE.transpose(-1, -2))
     causal = torch.ones(P, P, dtype=torch.bool, device=own.device).tril()
     scores.append(own.masked_fill(~causal, float("-inf")))

@@ -8,12 +8,12 @@ from onetrans.kernels.autograd import compute_dtype, differentiate_by_reference
 
 
 def history_attention_reference(
-    q_UHNE: torch.Tensor,
-    k_UHNE: torch.Tensor,
-    v_UHNE: torch.Tensor,
+    q_UNHE: torch.Tensor,
+    k_UNHE: torch.Tensor,
+    v_UNHE: torch.Tensor,
     q_start_U: torch.Tensor,
-    past_k_UHWE: torch.Tensor | None = None,
-    past_v_UHWE: torch.Tensor | None = None,
+    past_k_UWHE: torch.Tensor | None = None,
+    past_v_UWHE: torch.Tensor | None = None,
     past_length_U: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the queried tail over the new tokens of the window and, in an append, over the state before them.
@@ -23,38 +23,40 @@ def history_attention_reference(
     1/sqrt(E) is folded into the queries. Rows past a user's valid length give finite values that nothing reads.
 
     Args:
-        q_UHNE: Queries [U, H, Nq, E].
-        k_UHNE: Keys of the new tokens [U, H, N, E].
-        v_UHNE: Their values [U, H, N, E].
+        q_UNHE: Queries [U, Nq, H, E].
+        k_UNHE: Keys of the new tokens [U, N, H, E].
+        v_UNHE: Their values [U, N, H, E].
         q_start_U: Index of the first query among the new tokens [U], int64.
-        past_k_UHWE: Cached keys [U, H, W, E], left-aligned; None in a fresh prefill. Padding may hold anything.
-        past_v_UHWE: Cached values, likewise.
+        past_k_UWHE: Cached keys [U, W, H, E], left-aligned; None in a fresh prefill. Padding may hold anything.
+        past_v_UWHE: Cached values, likewise.
         past_length_U: Valid tokens of the past [U], int64, from 0.
 
     Returns:
-        [U, H, Nq, E] in q's dtype.
+        [U, Nq, H, E] in q's dtype.
 
     Source: arXiv 2510.26104, section 3.4 (pyramid).
     """
-    wide = compute_dtype(q_UHNE)
-    Nq, N = q_UHNE.shape[2], k_UHNE.shape[2]
-    device = q_UHNE.device
+    wide = compute_dtype(q_UNHE)
+    Nq, N = q_UNHE.shape[1], k_UNHE.shape[1]
+    device = q_UNHE.device
     last_UN = q_start_U[:, None] + torch.arange(Nq, device=device)
     visible = torch.arange(N, device=device) <= last_UN[:, :, None]
-    q = q_UHNE.to(wide)
-    scores = torch.matmul(q, k_UHNE.to(wide).transpose(-1, -2))
+    q_UHNE = q_UNHE.to(wide).transpose(1, 2)
+    scores = torch.matmul(q_UHNE, k_UNHE.to(wide).permute(0, 2, 3, 1))
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
-    v = v_UHNE.to(wide)
-    if past_k_UHWE is not None:
-        assert past_v_UHWE is not None
+    v_UHNE = v_UNHE.to(wide).transpose(1, 2)
+    if past_k_UWHE is not None:
+        assert past_v_UWHE is not None
         assert past_length_U is not None
-        W = past_k_UHWE.shape[2]
+        W = past_k_UWHE.shape[1]
         valid_UW = torch.arange(W, device=device) < past_length_U[:, None]
-        past = torch.matmul(q, past_k_UHWE.to(wide).transpose(-1, -2))
+        past = torch.matmul(q_UHNE, past_k_UWHE.to(wide).permute(0, 2, 3, 1))
         past = past.masked_fill(~valid_UW[:, None, None], float("-inf"))
         scores = torch.cat([past, scores], dim=-1)
-        v = torch.cat([past_v_UHWE.to(wide).masked_fill(~valid_UW[:, None, :, None], 0.0), v], dim=2)
-    return torch.matmul(torch.softmax(scores, dim=-1), v).to(q_UHNE.dtype)
+        past_v = past_v_UWHE.to(wide).masked_fill(~valid_UW[:, :, None, None], 0.0)
+        v_UHNE = torch.cat([past_v.transpose(1, 2), v_UHNE], dim=2)
+    out_UHNE = torch.matmul(torch.softmax(scores, dim=-1), v_UHNE)
+    return out_UHNE.transpose(1, 2).to(q_UNHE.dtype).contiguous()
 
 
 @torch.library.custom_op("onetrans::history_attention", mutates_args=())

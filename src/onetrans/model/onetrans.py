@@ -62,7 +62,7 @@ class OneTrans(nn.Module):
         Args:
             user: The user-scope inputs of `onetrans.features.encode.input_specs`: events [U, N], user features [U].
             candidate: The candidate-scope inputs [U, C].
-            past: Per layer K and V of the history before `history_start`, each [U, H, W, E]; None in a fresh prefill.
+            past: Per layer K and V of the history before `history_start`, each [U, W, H, E]; None in a fresh prefill.
 
         Returns:
             Per task float32 logits [U, C] (float64 in the gold).

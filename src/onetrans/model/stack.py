@@ -37,7 +37,7 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a user's keys and values in one layer: k, v [U, H, W, E] and valid tokens [U]."""
+    """Part of a user's keys and values in one layer: k, v [U, W, H, E] and valid tokens [U]."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -136,16 +136,15 @@ class Block(nn.Module):
     def _heads(self, x_UND: torch.Tensor) -> torch.Tensor:
         U, N, _ = x_UND.shape
         x_UNHE: torch.Tensor = x_UND.view(U, N, self.config.heads, -1)
-        return x_UNHE.transpose(1, 2)
+        return x_UNHE
 
     def history_keys(self, x_UND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of every S-token in the window, each [U, H, N, E]; the layer's cacheable state."""
+        """K and V of every S-token in the window, each [U, N, H, E]; the layer's cacheable state."""
         U, N, _ = x_UND.shape
         kv = mixed_linear(
             x_UND.reshape(1, U * N, -1), self.wkv_s, self.norm1, self.config.eps, self._bias("bkv_s"), None
         )
-        k, v = kv.view(U, N, -1).chunk(2, dim=-1)
-        k, v = self._heads(k).contiguous(), self._heads(v).contiguous()
+        k, v = (self._heads(part.contiguous()) for part in kv.view(U, N, -1).chunk(2, dim=-1))
         return state_value(k, f"k{self.index}"), state_value(v, f"v{self.index}")
 
     def history(
@@ -163,7 +162,7 @@ class Block(nn.Module):
         q = mixed_linear(x, self.wq_s * scale, self.norm1, c.eps, None if bias is None else bias * scale, None)
         past_args = (None, None, None) if past is None else (past.k, past.v, past.length)
         out = history_attention(self._heads(q.view(U, N, D)), k, v, window.q_start, *past_args)
-        out = out.transpose(1, 2).reshape(1, U * N, D)
+        out = out.reshape(1, U * N, D)
         x = x + out if c.output_projection == "none" else mixed_linear(out, self.wo_s, None, c.eps, None, x)
         x = mixed_ffn(
             x, self.w1_s, self.w2_s, self.norm2, c.eps, c.activation, c.gated, self._bias("b1_s"), self._bias("b2_s")
@@ -238,7 +237,7 @@ class Stack(nn.Module):
             candidate_PBD: Candidate-scope NS-tokens [P_candidate, U·C, D], a user's candidates together.
             start_U: Index of the first new S-token from the start of the history [U]; s_0 in a fresh prefill.
             length_U: Valid new S-tokens [U], from 0.
-            past: K and V of each layer's earlier tokens, each [U, H, W_l, E] from s_{l-1} on; None in a fresh prefill.
+            past: K and V of each layer's earlier tokens, each [U, W_l, H, E] from s_{l-1} on; None in a fresh prefill.
 
         Returns:
             The user-scope and the candidate-scope NS-tokens after the last layer, shapes as they came.
@@ -282,8 +281,8 @@ class Stack(nn.Module):
             first = user_PUD.shape[0]
             user_PUD, user_k, user_v = block.non_sequence(user_PUD, 0, segments)
             shape = (block.config.heads, block.config.d // block.config.heads)
-            user_k = state_value(user_k.unflatten(2, shape).permute(1, 2, 0, 3).contiguous(), f"user_k{block.index}")
-            user_v = state_value(user_v.unflatten(2, shape).permute(1, 2, 0, 3).contiguous(), f"user_v{block.index}")
+            user_k = state_value(user_k.unflatten(2, shape).transpose(0, 1).contiguous(), f"user_k{block.index}")
+            user_v = state_value(user_v.unflatten(2, shape).transpose(0, 1).contiguous(), f"user_v{block.index}")
             segments = [Segment(user_k, user_v, user_length_U), *segments]
         candidate_PBD, _, _ = block.non_sequence(candidate_PBD, first, segments)
         return s_UND, user_PUD, candidate_PBD

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onetrans.errors import BundleError
-from onetrans.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from onetrans.runtime.external_data import external_tensors
+from onetrans.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, Graph, Manifest
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MANIFEST_LIMIT = 64 << 20
@@ -55,26 +56,27 @@ class Bundle:
         for graph in manifest.graphs.values():
             if graph.file not in contents:
                 raise BundleError(f"bundle {folder} does not list {graph.file}, which a graph needs")
-            _check_external_data(contents[graph.file], folder / graph.file)
+            if graph.weights and WEIGHTS_FILE not in contents:
+                raise BundleError(f"bundle {folder} does not list {WEIGHTS_FILE}, which {graph.file} needs")
+            _check_external_data(contents[graph.file], graph, folder)
         return cls(folder, manifest, contents)
 
 
 def _read(folder: Path, name: str, stated: Mapping[str, object] | None) -> bytes:
     path = folder / name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise BundleError(f"bundle {folder} lacks {name}; export it again or copy it whole") from None
     except OSError as error:
         if path.is_symlink():
             raise BundleError(f"{path} is a link; a bundle holds plain files only: copy the file itself") from None
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        os.close(descriptor)
+        raise BundleError(f"{path} is a link or no plain file; a bundle holds plain files only: copy the file itself")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise BundleError(
-                f"{path} is a link or no plain file; a bundle holds plain files only: copy the file itself"
-            )
         limit = MANIFEST_LIMIT if stated is None else stated.get("bytes")
         if status.st_size > MANIFEST_LIMIT if stated is None else status.st_size != limit:
             raise BundleError(f"{path} has {status.st_size} bytes, expected {limit}; export the bundle again")
@@ -84,13 +86,16 @@ def _read(folder: Path, name: str, stated: Mapping[str, object] | None) -> bytes
     return content
 
 
-def _check_external_data(model: bytes, path: Path) -> None:
-    """Refuses an ONNX file whose external data lies anywhere but in the weights file.
-
-    ONNX states it as a protobuf entry {key: "location", value: FILE}. Every "location" that is not part of a longer
-    name must stand in that entry, in canonical encoding, with the weights file as its value.
-    """
-    allowed = b"\n\x08location\x12" + bytes([len(WEIGHTS_FILE)]) + WEIGHTS_FILE.encode()
-    for match in re.finditer(rb"(?<![A-Za-z0-9_./])location", model):
-        if model[match.start() - 2 : match.start() - 2 + len(allowed)] != allowed:
-            raise BundleError(f"{path} refers to data outside {WEIGHTS_FILE}; do not trust this bundle")
+def _check_external_data(content: bytes, graph: Graph, folder: Path) -> None:
+    """Refuses a graph that reads anything but the weights that the backend hands it."""
+    path = folder / graph.file
+    try:
+        tensors = external_tensors(content)
+    except ValueError as error:
+        raise BundleError(f"{path} is not the ONNX file of a bundle ({error}); do not trust this bundle") from error
+    for tensor in tensors:
+        if tensor.location != WEIGHTS_FILE or tensor.name not in graph.weights:
+            raise BundleError(
+                f"{path} refers to data outside {WEIGHTS_FILE}: tensor {tensor.name!r} lies in {tensor.location!r};"
+                " do not trust this bundle"
+            )

@@ -28,7 +28,7 @@ class StateTensor:
 
     Attributes:
         spec: As decode reads it.
-        window: The layer whose window it holds, token axis 2; None for a value that every prefill or append makes anew.
+        window: The layer whose window it holds, token axis 1; None for a value that every prefill or append makes anew.
         capacity: Most tokens in that window; 0 where `window` is None.
     """
 
@@ -41,7 +41,7 @@ class StateTensor:
         """Bytes that a user takes at most."""
         count = 1
         for axis, dim in enumerate(self.spec.dims[1:], start=1):
-            count *= self.capacity if axis == 2 and self.window is not None else int(dim)
+            count *= self.capacity if axis == 1 and self.window is not None else int(dim)
         return count * DTYPE_BYTES[self.spec.dtype]
 
 
@@ -137,22 +137,28 @@ class Manifest:
         """
         try:
             body = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{where} is not JSON ({error}); export the bundle again") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise BundleError(f"{where} does not describe a OneTrans bundle; its format must be {FORMAT!r}")
         version = body.get("schema_version")
-        if not isinstance(version, int) or version > SCHEMA_VERSION:
+        if type(version) is not int or version < 1:
+            raise BundleError(f"{where} has schema version {version!r}; expected a whole number from 1")
+        if version > SCHEMA_VERSION:
             raise BundleError(
                 f"{where} has schema version {version}; this release reads up to {SCHEMA_VERSION}: upgrade"
             )
-        digest = body.pop("digest", None)
-        if digest != _digest(body) or text != _canonical({**body, "digest": digest}):
-            raise BundleError(f"{where} was changed since it was written; export the bundle again")
-        for key in ("format", "schema_version", "bytes_per_user"):
-            body.pop(key)
         try:
-            return cls(
+            digest = body.pop("digest", None)
+            changed = digest != _digest(body) or text != _canonical({**body, "digest": digest})
+        except UnicodeEncodeError:  # half a surrogate pair, which `dumps` never writes
+            changed = True
+        if changed:
+            raise BundleError(f"{where} was changed since it was written; export the bundle again")
+        del body["format"], body["schema_version"]
+        stated = body.pop("bytes_per_user", None)
+        try:
+            manifest = cls(
                 **{
                     **body,
                     "bounds": {name: (int(low), int(high)) for name, (low, high) in body["bounds"].items()},
@@ -162,8 +168,47 @@ class Manifest:
                     "tasks": tuple(body["tasks"]),
                 }
             )
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
-            raise BundleError(f"{where} lacks or misstates a field: {error}") from error
+            _check(manifest, stated)
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise BundleError(f"{where} lacks or misstates a field: {what}; export the bundle again") from error
+        return manifest
+
+
+def _check(manifest: Manifest, bytes_per_user: object) -> None:
+    """Raises what `Manifest.loads` catches where a field is not what its readers take it for."""
+    for name in ("name", "target", "device", "precision", "weights_sha256", "created"):
+        _expect(name, getattr(manifest, name), str)
+    for name in ("model", "bounds", "graphs", "split", "parity", "tools", "files"):
+        _expect(name, getattr(manifest, name), dict)
+    _expect("append_only", manifest.append_only, bool)
+    for name, file in manifest.files.items():
+        _expect(f"files {name}", file, dict)
+    for name in ("prefill", "decode", *(["append"] if manifest.append_only else [])):
+        if name not in manifest.graphs:
+            raise ValueError(f"graph {name!r} is absent")
+    for name in ("U", "C", "L"):
+        low, high = manifest.bounds[name]
+        if not 0 <= low <= high:
+            raise ValueError(f"bounds {name} are {low} to {high}")
+    w = manifest.windows
+    if not all(type(n) is int and n > 0 for n in (w.max_history, w.append_chunk, *w.keep)):
+        raise ValueError(f"windows {w} must be whole numbers from 1")
+    if manifest.precision not in DTYPE_BYTES:
+        raise ValueError(f"precision is {manifest.precision!r}")
+    if not manifest.tasks or manifest.tasks != tuple(spec.name for spec in manifest.graphs["decode"].outputs):
+        raise ValueError(f"tasks {manifest.tasks} are not what decode gives")
+    for name in ("d", "heads", "l_ns"):
+        _expect(f"model {name}", manifest.model[name], int)
+    _expect("model merge", manifest.model["merge"], str)
+    _expect("model schema", manifest.schema, FeatureSchema)
+    if manifest.bytes_per_user != bytes_per_user:
+        raise ValueError(f"bytes_per_user is {bytes_per_user}, but the state takes {manifest.bytes_per_user}")
+
+
+def _expect(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, not of type {kind.__name__}")
 
 
 def _spec(data: Mapping[str, Any]) -> TensorSpec:

@@ -6,6 +6,7 @@ The library's own reader copies each tensor.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,13 @@ def read_tensors(content: bytes, where: str) -> dict[str, NDArray[Any]]:
             if name == "__metadata__":
                 continue
             begin, stop = entry["data_offsets"]
-            dtype = np.dtype(DTYPES[entry["dtype"]])
-            count = (stop - begin) // dtype.itemsize
-            views[name] = np.frombuffer(content, dtype, count, end + begin).reshape(entry["shape"])
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+            dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            if not all(type(n) is int and n >= 0 for n in (begin, stop, *shape)):
+                raise ValueError(f"tensor {name} has shape {shape} at bytes {begin} to {stop}")
+            count = math.prod(shape)
+            if stop - begin != count * dtype.itemsize:
+                raise ValueError(f"tensor {name} of {dtype} and shape {shape} has {stop - begin} bytes")
+            views[name] = np.frombuffer(content, dtype, count, end + begin).reshape(shape)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise BundleError(f"{where} is not a safetensors file that this release reads: {error}") from error
     return views

@@ -121,11 +121,11 @@ def _names(specs: Sequence[TensorSpec]) -> list[str]:
 def _join(
     past: NDArray[Any], new: NDArray[Any], past_length: NDArray[np.int64], length: NDArray[np.int64]
 ) -> NDArray[Any]:
-    """Windows [U, H, W, E] of `past` rows followed by `new` rows, left-aligned per user; total lengths [U]."""
-    U, H, _, E = past.shape
-    joined = np.zeros((U, H, max(1, int(length.max())), E), past.dtype)
+    """Windows [U, W, H, E] of `past` rows followed by `new` rows, left-aligned per user; total lengths [U]."""
+    U, _, H, E = past.shape
+    joined = np.zeros((U, max(1, int(length.max())), H, E), past.dtype)
     for u in range(U):
         before, total = int(past_length[u]), int(length[u])
-        joined[u, :, :before] = past[u, :, :before]
-        joined[u, :, before:total] = new[u, :, : total - before]
+        joined[u, :before] = past[u, :before]
+        joined[u, before:total] = new[u, : total - before]
     return joined

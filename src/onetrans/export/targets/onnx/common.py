@@ -56,3 +56,18 @@ def pieces(x: Value, widths: list[Value]) -> list[Value]:
         cut.append(op.Slice(x, begin, end, ints(-1)))
         begin = end
     return cut
+
+
+def heads_first(x: Value) -> Value:
+    """x [U, W, H, E] as [U, H, W, E]."""
+    return op.Transpose(x, perm=[0, 2, 1, 3])
+
+
+def keys_transposed(key: Value) -> Value:
+    """key [U, W, H, E] as [U, H, E, W], in two steps that no optimiser joins.
+
+    ONNX Runtime takes the second into the product; one transposition to [U, H, E, W] it would carry out, slowly.
+    """
+    H, E = int(key.shape[2]), int(key.shape[3])
+    by_head = op.Reshape(heads_first(key), shape(size(key, 0), H, -1, E))
+    return op.Transpose(by_head, perm=[0, 1, 3, 2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnxscript import opset23 as op
 
-from onetrans.export.targets.onnx.common import Value, additive, ints, pieces, positions, size
+from onetrans.export.targets.onnx.common import Value, additive, heads_first, ints, keys_transposed, pieces, positions, size
 
 
 def history_attention(
@@ -16,14 +16,19 @@ def history_attention(
     past_v: Value | None = None,
     past_length: Value = None,
 ) -> Value:
-    """Lower-right causal attention of q [U, H, Nq, E]; see `onetrans.kernels.history_attention`."""
-    last = op.Add(op.Unsqueeze(q_start, ints(1)), positions(size(q, 2)))
-    visible = op.LessOrEqual(positions(size(k, 2)), op.Unsqueeze(last, ints(1, 3)))
+    """Lower-right causal attention of q [U, Nq, H, E]; see `onetrans.kernels.history_attention`."""
+    H, E = int(q.shape[2]), int(q.shape[3])
+    last = op.Add(op.Unsqueeze(q_start, ints(1)), positions(size(q, 1)))
+    visible = op.LessOrEqual(positions(size(k, 1)), op.Unsqueeze(last, ints(1, 3)))
     if past_k is None:
-        return op.Attention(q, k, v, visible, scale=1.0)[0]
-    valid = op.Less(positions(size(past_k, 2)), op.Unsqueeze(past_length, ints(1)))
-    past = op.Add(op.MatMul(q, op.Transpose(past_k, perm=[0, 1, 3, 2])), op.Unsqueeze(additive(valid), ints(1, 2)))
-    new = op.Add(op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])), additive(visible))
+        joined = [op.Reshape(x, ints(0, 0, H * E)) for x in (q, k, v)]
+        out = op.Attention(*joined, visible, q_num_heads=H, kv_num_heads=H, scale=1.0)[0]
+        return op.Reshape(out, ints(0, 0, H, E))
+    valid = op.Less(positions(size(past_k, 1)), op.Unsqueeze(past_length, ints(1)))
+    rows = heads_first(q)
+    past = op.Add(op.MatMul(rows, keys_transposed(past_k)), op.Unsqueeze(additive(valid), ints(1, 2)))
+    new = op.Add(op.MatMul(rows, keys_transposed(k)), additive(visible))
     weights = op.Softmax(op.Concat(past, new, axis=-1), axis=-1)
-    on_past, on_new = pieces(weights, [size(past_k, 2), size(k, 2)])
-    return op.Add(op.MatMul(on_past, past_v), op.MatMul(on_new, v))
+    on_past, on_new = pieces(weights, [size(past_k, 1), size(k, 1)])
+    out = op.Add(op.MatMul(on_past, heads_first(past_v)), op.MatMul(on_new, heads_first(v)))
+    return op.Transpose(out, perm=[0, 2, 1, 3])
