@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from onetrans.kernels import (
-    candidate_attention,
     candidate_attention_reference,
-    history_attention,
     history_attention_reference,
-    mixed_ffn,
     mixed_ffn_reference,
-    mixed_linear,
     mixed_linear_reference,
 )
+from onetrans.kernels.candidate_attention import candidate_attention_op
+from onetrans.kernels.history_attention import history_attention_op
+from onetrans.kernels.mixed_ffn import mixed_ffn_op
+from onetrans.kernels.mixed_linear import mixed_linear_op
 
 DOUBLE = torch.float64
 
@@ -148,16 +148,16 @@ def operands(dtype=DOUBLE):
     rows = [leaf(P, U * C, H * E) for _ in range(3)]
     segment = ([leaf(U, W, H, E)], [leaf(U, W, H, E)], [torch.tensor([4, 0])])
     return {
-        "history_attention": (history_attention, history_attention_reference, history),
-        "history_attention append": (history_attention, history_attention_reference, (*history, *past)),
-        "candidate_attention": (candidate_attention, candidate_attention_reference, (*rows, *segment)),
+        "history_attention": (history_attention_op, history_attention_reference, history),
+        "history_attention append": (history_attention_op, history_attention_reference, (*history, *past)),
+        "candidate_attention": (candidate_attention_op, candidate_attention_reference, (*rows, *segment)),
         "mixed_linear": (
-            mixed_linear,
+            mixed_linear_op,
             mixed_linear_reference,
             (leaf(2, 3, 4), leaf(2, 4, 5), leaf(4), 1e-6, leaf(2, 5), leaf(2, 3, 5)),
         ),
         "mixed_ffn": (
-            mixed_ffn,
+            mixed_ffn_op,
             mixed_ffn_reference,
             (leaf(2, 3, 4), leaf(2, 4, 8), leaf(2, 8, 4), leaf(4), 1e-6, "gelu", False),
         ),

@@ -1,0 +1,1 @@
+"""Measuring: load, statistics, records and their reports."""

@@ -28,7 +28,13 @@ DEFAULTS = ExportConfig()
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The bundle; must not exist yet.")
 @click.option("--max-users", default=DEFAULTS.max_users, show_default=True, help="Most users in one batch.")
 @click.option("--max-candidates", default=DEFAULTS.max_candidates, show_default=True, help="Most candidates a request.")
-@click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Of the parity cases and of random weights.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=DEFAULTS.seed,
+    show_default=True,
+    help="Of the parity cases and of random weights.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def export_command(
     checkpoint: Path | None,

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from onetrans.cli.console import print_json, print_table, stderr
-from onetrans.errors import ConfigError
+from onetrans.errors import ConfigError, OutputExistsError
+from onetrans.features.folders import replace_text
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.manifest import Manifest
 from onetrans.runtime.picture import draw_split
@@ -26,7 +27,7 @@ def inspect_command(bundle: Path, svg: Path | None, as_json: bool) -> None:
     picture = svg or bundle.resolve().with_name(f"{bundle.resolve().name}.svg")
     if not picture.parent.is_dir() or picture.is_dir():
         raise ConfigError(f"--svg {picture} cannot be written: give a file in a folder that exists")
-    picture.write_text(draw_split(manifest), encoding="utf-8")
+    _write_picture(picture, draw_split(manifest))
     if as_json:
         text = json.loads(manifest.dumps())
         print_json({**text, "picture": str(picture)})
@@ -36,6 +37,18 @@ def inspect_command(bundle: Path, svg: Path | None, as_json: bool) -> None:
     for line in _notes(manifest):
         click.echo(line)
     stderr().print(f"drew {picture}", markup=False)
+
+
+def _write_picture(path: Path, text: str) -> None:
+    """Writes a picture whole or not at all, over nothing but an older picture."""
+    if path.exists() and not (path.is_file() and _is_picture(path)):
+        raise OutputExistsError(f"--svg {path} exists already and is no picture; name another path or remove it")
+    replace_text(path, text)
+
+
+def _is_picture(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"<svg"
 
 
 def _graphs(manifest: Manifest) -> Table:

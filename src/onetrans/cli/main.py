@@ -1,6 +1,7 @@
 """`onetrans` and `onetrans-export`: every failure becomes one line and an exit status.
 
-0 done; 1 the job failed (parity, disk full, an internal fault); 2 what was given is wrong; 130 interrupted.
+0 done; 1 the job failed (parity, disk full, an internal fault); 2 what was given is wrong; 130 interrupted; 143
+terminated.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import click
 
 from onetrans import __version__
 from onetrans.cli.console import stderr
-from onetrans.errors import OneTransError
+from onetrans.errors import MissingDependencyError, OneTransError
 
 COMMANDS = {
     "train": "train a preset on logs, or on synthetic ones",
@@ -56,18 +59,25 @@ def cli(verbose: bool) -> None:
 
 def main() -> None:
     """The `onetrans` command."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(cli, sys.argv[1:]))
 
 
 def export_main() -> None:
     """The `onetrans-export` command: the same as `onetrans export`."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(cli, ["export", *sys.argv[1:]]))
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)  # unwinds, so that unfinished output is removed
 
 
 def run(command: click.Command, arguments: list[str]) -> int:
     """Runs a command line and returns its exit status."""
     try:
-        result: Any = command.main(args=arguments, prog_name="onetrans", standalone_mode=False)
+        result: Any = command.main(args=arguments or ["--help"], prog_name="onetrans", standalone_mode=False)
+        _flush_stdout()
     except OneTransError as error:
         return _fail(str(error), error.exit_status)
     except click.UsageError as error:
@@ -78,16 +88,35 @@ def run(command: click.Command, arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1  # whoever read the output has seen enough
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "onetrans"):
+            return _fail_internally(error)
+        extra = "serve" if package in ("onnxruntime", "pyarrow") else "cpu"
+        needed = f'this needs {package}, which is not installed: pip install "onetrans-export[{extra}]"'
+        return _fail(f"{needed} (`onetrans doctor` shows what is missing)", MissingDependencyError.exit_status)
     except OSError as error:
         return _fail(f"the operating system refused: {error}", 1)
     except Exception as error:
-        if os.environ.get("ONETRANS_TRACEBACK"):
-            raise
-        kind = type(error).__name__
-        return _fail(f"internal error, please report it: {kind}: {error} (ONETRANS_TRACEBACK=1 shows where)", 1)
+        return _fail_internally(error)
     return result if isinstance(result, int) else 0
+
+
+def _fail_internally(error: Exception) -> int:
+    if os.environ.get("ONETRANS_TRACEBACK"):
+        raise error
+    kind = type(error).__name__
+    return _fail(f"internal error, please report it: {kind}: {error} (ONETRANS_TRACEBACK=1 shows where)", 1)
+
+
+def _flush_stdout() -> None:
+    """Flushes here, where a closed pipe or a full disk is still reported, and not again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _fail(message: str, status: int) -> int:

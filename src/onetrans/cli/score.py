@@ -11,10 +11,12 @@ from rich.progress import track
 from rich.table import Table
 
 from onetrans.cli.console import print_json, print_table, stderr
-from onetrans.errors import ConfigError, DataError
+from onetrans.errors import DataError, OutputExistsError
 from onetrans.features.folders import write_new_text
 from onetrans.features.requests import Request, read_requests
 from onetrans.runtime.ranker import Ranker, Scores
+
+POSITIVE = click.IntRange(min=1)
 
 
 @click.command("score")
@@ -23,16 +25,16 @@ from onetrans.runtime.ranker import Ranker, Scores
     "--input", "source", required=True, type=click.Path(path_type=Path), help="Requests: a JSON file or a log folder."
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write the scores to this new JSON file.")
-@click.option("--top", default=10, show_default=True, help="Candidates shown per request in the table.")
-@click.option("--limit", type=int, help="Score only the first requests.")
-@click.option("--threads", type=int, help="Of the backend.")
+@click.option("--top", type=POSITIVE, default=10, show_default=True, help="Candidates shown per request in the table.")
+@click.option("--limit", type=POSITIVE, help="Score only the first requests.")
+@click.option("--threads", type=POSITIVE, help="Of the backend.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def score_command(
     bundle: Path, source: Path, output: Path | None, top: int, limit: int | None, threads: int | None, as_json: bool
 ) -> None:
     """Score requests from JSON or Parquet with a bundle."""
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit is {limit}; it must be at least 1")
+    if output is not None and (output.exists() or output.is_symlink()):  # before the work, and again after it
+        raise OutputExistsError(f"{output} exists already; name another path or remove it")
     ranker = Ranker.open(bundle, threads=threads)
     requests = read_requests(source, ranker.bundle.manifest.schema)[:limit]
     scored = []
@@ -44,7 +46,7 @@ def score_command(
         scored.append((request, scores))
     result = {"bundle": str(bundle), "model": ranker.bundle.manifest.name, "requests": [_plain(*s) for s in scored]}
     if output is not None:
-        write_new_text(output, json.dumps(result, ensure_ascii=False) + "\n")
+        write_new_text(output, json.dumps(result) + "\n")
     if as_json:
         print_json(result)
     elif output is None:

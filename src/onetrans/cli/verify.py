@@ -22,8 +22,10 @@ from onetrans.runtime.bundle import Bundle
     type=click.Path(path_type=Path),
     help="Compute fresh gold from these weights, on cases of --seed, instead of using what the bundle carries.",
 )
-@click.option("--seed", default=1, show_default=True, help="Of the cases made with --checkpoint.")
-@click.option("--threads", type=int, help="Of the backend.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the cases made with --checkpoint."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Of the backend.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify_command(bundle: Path, checkpoint: Path | None, seed: int, threads: int | None, as_json: bool) -> None:
     """Compare a bundle with its float64 gold: errors and rank agreement, case by case.

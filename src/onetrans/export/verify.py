@@ -22,6 +22,7 @@ Arrays = dict[str, NDArray[Any]]
 
 FACTOR = 1.5
 FLOOR_ULP = 4
+REFERENCE_ULP = 1024  # some thousand roundings of a deep model, were they all to add up
 TOP_K = 10
 ULP = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -103,15 +104,16 @@ def verify(
 
     A case passes where its largest error is at most FACTOR times the reference's largest error plus FLOOR_ULP units in
     the last place of its largest logit. The reference's error is taken over all cases, since that of a single logit is
-    zero by luck now and then.
+    zero by luck now and then. A reference further than REFERENCE_ULP units from gold is no reference.
 
     Raises:
-        ParityError: Nothing was compared.
+        ParityError: Nothing was compared, or gold and reference are not of one model.
     """
     if not cases:
         raise ParityError("nothing was compared: the bundle carries no parity case; export it again")
     reference_error = max(_largest(case.reference, case.gold) for case in cases)
     ulp = ULP[bundle.manifest.precision]
+    _check_reference(cases, reference_error, ulp)
     results = []
     for case in cases:
         progress(case.name)
@@ -138,6 +140,16 @@ def verify(
             )
         )
     return results
+
+
+def _check_reference(cases: Sequence[StoredCase], reference_error: float, ulp: float) -> None:
+    largest = max(float(np.abs(gold).max()) for case in cases for gold in case.gold.values())
+    allowed = REFERENCE_ULP * ulp * largest
+    if not reference_error <= allowed:
+        raise ParityError(
+            f"the stored reference is {reference_error:.2e} from gold where {allowed:.2e} is possible: one of the two was"
+            " altered; export the bundle again"
+        )
 
 
 def check(results: Sequence[CaseResult]) -> None:

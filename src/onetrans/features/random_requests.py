@@ -29,7 +29,7 @@ def random_columns(features: Sequence[Feature], count: int, rng: np.random.Gener
 def random_request(schema: FeatureSchema, *, events: int, candidates: int, rng: np.random.Generator) -> Request:
     """A request with that many events, a minute or so apart, and candidates."""
     history: dict[str, Any] = random_columns(schema.event, events, rng)
-    history["behaviour"] = rng.integers(0, len(schema.behaviours), events)
+    history["behaviour"] = [schema.behaviours[i] for i in rng.integers(0, len(schema.behaviours), events)]
     history["timestamp"] = 1_700_000_000 + np.cumsum(rng.integers(1, 120, events))
     profile = {name: column[0] for name, column in random_columns(schema.user, 1, rng).items()}
     return Request(history=history, profile=profile, candidates=random_columns(schema.candidate, candidates, rng))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from onetrans.kernels.autograd import compute_dtype, differentiate_by_reference
+from onetrans.kernels.dispatch import autocast_to_bfloat16, through_op
 
 
 def candidate_attention_reference(
@@ -65,7 +66,7 @@ def candidate_attention_reference(
 
 
 @torch.library.custom_op("onetrans::candidate_attention", mutates_args=())
-def candidate_attention(
+def candidate_attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -73,11 +74,11 @@ def candidate_attention(
     values: Sequence[torch.Tensor],
     lengths: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """The op; see `candidate_attention_reference`."""
+    """The `torch.library` op; see `candidate_attention_reference`."""
     return candidate_attention_reference(q, k, v, keys, values, lengths)
 
 
-@candidate_attention.register_fake
+@candidate_attention_op.register_fake
 def _(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -89,4 +90,18 @@ def _(
     return q.new_empty(q.shape)
 
 
-differentiate_by_reference(candidate_attention, candidate_attention_reference)
+differentiate_by_reference(candidate_attention_op, candidate_attention_reference)
+autocast_to_bfloat16(candidate_attention_op)
+
+
+def candidate_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    lengths: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """See `candidate_attention_reference`; goes through the op where that is more than the reference (`through_op`)."""
+    run = candidate_attention_op if through_op(q) else candidate_attention_reference
+    return run(q, k, v, keys, values, lengths)

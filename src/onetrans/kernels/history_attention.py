@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from onetrans.kernels.autograd import compute_dtype, differentiate_by_reference
+from onetrans.kernels.dispatch import autocast_to_bfloat16, through_op
 
 
 def history_attention_reference(
@@ -60,7 +61,7 @@ def history_attention_reference(
 
 
 @torch.library.custom_op("onetrans::history_attention", mutates_args=())
-def history_attention(
+def history_attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -69,11 +70,11 @@ def history_attention(
     past_v: torch.Tensor | None = None,
     past_length: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The op; see `history_attention_reference`."""
+    """The `torch.library` op; see `history_attention_reference`."""
     return history_attention_reference(q, k, v, q_start, past_k, past_v, past_length)
 
 
-@history_attention.register_fake
+@history_attention_op.register_fake
 def _(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -86,4 +87,19 @@ def _(
     return q.new_empty(q.shape)
 
 
-differentiate_by_reference(history_attention, history_attention_reference)
+differentiate_by_reference(history_attention_op, history_attention_reference)
+autocast_to_bfloat16(history_attention_op)
+
+
+def history_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_start: torch.Tensor,
+    past_k: torch.Tensor | None = None,
+    past_v: torch.Tensor | None = None,
+    past_length: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `history_attention_reference`; goes through the op where that is more than the reference (`through_op`)."""
+    run = history_attention_op if through_op(q) else history_attention_reference
+    return run(q, k, v, q_start, past_k, past_v, past_length)

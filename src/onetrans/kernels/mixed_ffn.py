@@ -6,6 +6,7 @@ import torch
 
 from onetrans.kernels.activations import ACTIVATIONS
 from onetrans.kernels.autograd import differentiate_by_reference
+from onetrans.kernels.dispatch import autocast_to_bfloat16, through_op
 from onetrans.kernels.mixed_linear import rms_norm
 
 
@@ -53,7 +54,7 @@ def mixed_ffn_reference(
 
 
 @torch.library.custom_op("onetrans::mixed_ffn", mutates_args=())
-def mixed_ffn(
+def mixed_ffn_op(
     x: torch.Tensor,
     w1: torch.Tensor,
     w2: torch.Tensor,
@@ -64,11 +65,11 @@ def mixed_ffn(
     b1: torch.Tensor | None = None,
     b2: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The op; see `mixed_ffn_reference`."""
+    """The `torch.library` op; see `mixed_ffn_reference`."""
     return mixed_ffn_reference(x, w1, w2, gain, eps, activation, gated, b1, b2)
 
 
-@mixed_ffn.register_fake
+@mixed_ffn_op.register_fake
 def _(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -83,4 +84,21 @@ def _(
     return torch.empty_like(x)
 
 
-differentiate_by_reference(mixed_ffn, mixed_ffn_reference)
+differentiate_by_reference(mixed_ffn_op, mixed_ffn_reference)
+autocast_to_bfloat16(mixed_ffn_op)
+
+
+def mixed_ffn(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    activation: str,
+    gated: bool,
+    b1: torch.Tensor | None = None,
+    b2: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `mixed_ffn_reference`; goes through the op where that is more than the reference (`through_op`)."""
+    run = mixed_ffn_op if through_op(x) else mixed_ffn_reference
+    return run(x, w1, w2, gain, eps, activation, gated, b1, b2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from onetrans.kernels.autograd import compute_dtype, differentiate_by_reference
+from onetrans.kernels.dispatch import autocast_to_bfloat16, through_op
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
@@ -48,7 +49,7 @@ def mixed_linear_reference(
 
 
 @torch.library.custom_op("onetrans::mixed_linear", mutates_args=())
-def mixed_linear(
+def mixed_linear_op(
     x: torch.Tensor,
     w: torch.Tensor,
     gain: torch.Tensor | None = None,
@@ -56,11 +57,11 @@ def mixed_linear(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The op; see `mixed_linear_reference`."""
+    """The `torch.library` op; see `mixed_linear_reference`."""
     return mixed_linear_reference(x, w, gain, eps, bias, residual)
 
 
-@mixed_linear.register_fake
+@mixed_linear_op.register_fake
 def _(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -72,4 +73,18 @@ def _(
     return x.new_empty((x.shape[0], x.shape[1], w.shape[2]))
 
 
-differentiate_by_reference(mixed_linear, mixed_linear_reference)
+differentiate_by_reference(mixed_linear_op, mixed_linear_reference)
+autocast_to_bfloat16(mixed_linear_op)
+
+
+def mixed_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    gain: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `mixed_linear_reference`; goes through the op where that is more than the reference (`through_op`)."""
+    run = mixed_linear_op if through_op(x) else mixed_linear_reference
+    return run(x, w, gain, eps, bias, residual)

@@ -23,7 +23,7 @@ def _tiny() -> ModelConfig:
         d=64,
         heads=2,
         layers=3,
-        max_history=128,
+        max_history=64,
         head_hidden=32,
     )
 

@@ -86,7 +86,8 @@ def take_rows(x_UND: torch.Tensor, start_U: torch.Tensor, rows: int) -> torch.Te
     U, N, _ = x_UND.shape
     index = (start_U[:, None] + torch.arange(rows, device=x_UND.device)).clamp(max=N - 1)
     index = index + torch.arange(U, device=x_UND.device)[:, None] * N
-    return x_UND.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (U, rows))
+    taken: torch.Tensor = x_UND.flatten(0, 1).index_select(0, index.flatten()).view(U, rows, -1)
+    return taken
 
 
 class Block(nn.Module):

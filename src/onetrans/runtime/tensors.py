@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,17 @@ def read_tensors(content: bytes, where: str) -> dict[str, NDArray[Any]]:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            begin, stop = entry["data_offsets"]
-            dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
-            if not all(type(n) is int and n >= 0 for n in (begin, stop, *shape)):
-                raise ValueError(f"tensor {name} has shape {shape} at bytes {begin} to {stop}")
-            count = math.prod(shape)
-            if stop - begin != count * dtype.itemsize:
-                raise ValueError(f"tensor {name} of {dtype} and shape {shape} has {stop - begin} bytes")
-            views[name] = np.frombuffer(content, dtype, count, end + begin).reshape(shape)
+            views[name] = _view(content, end, entry)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise BundleError(f"{where} is not a safetensors file that this release reads: {error}") from error
     return views
+
+
+def _view(content: bytes, base: int, entry: Mapping[str, Any]) -> NDArray[Any]:
+    dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+    begin, stop = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (begin, stop, *shape)):
+        raise ValueError(f"a tensor has shape {shape} at bytes {begin} to {stop}")
+    if stop - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"a tensor of {dtype} and shape {shape} has {stop - begin} bytes")
+    return np.frombuffer(content, dtype, math.prod(shape), base + begin).reshape(shape)

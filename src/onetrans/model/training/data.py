@@ -16,42 +16,10 @@ from onetrans.errors import ConfigError, DataError
 from onetrans.features.batches import Batch, Requests, split_by_time
 from onetrans.features.logs import Logs
 from onetrans.features.schema import FeatureSchema
-from onetrans.features.synthetic import generate
 from onetrans.model.config import ModelConfig
 
 Inputs = dict[str, torch.Tensor]
 SORTED_BATCHES = 32  # batches whose requests are sorted together by history length
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticConfig:
-    """Size of the log that is generated where none is given.
-
-    Attributes:
-        users: Users of the log.
-        requests_per_user: Requests of each.
-        candidates_per_request: Candidates shown in each.
-        seed: Of the generator.
-    """
-
-    users: int = 2000
-    requests_per_user: int = 20
-    candidates_per_request: int = 20
-    seed: int = 0
-
-    def logs(self, model: ModelConfig) -> Logs:
-        """Generates the log under a model's schema.
-
-        Raises:
-            ConfigError: A size is too small, or the schema is not of the synthetic kind.
-        """
-        return generate(
-            users=self.users,
-            requests_per_user=self.requests_per_user,
-            candidates_per_request=self.candidates_per_request,
-            seed=self.seed,
-            schema=model.schema,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +76,8 @@ class TrainingData:
     def batch(self, *, seed: int, step: int, batch_requests: int) -> NDArray[np.int64]:
         """Training requests of one step, counted from 0 over all epochs."""
         epoch, place = divmod(step, self.batches_per_epoch(batch_requests))
-        return self._epoch(seed, epoch, batch_requests)[place]
+        chosen: NDArray[np.int64] = self._epoch(seed, epoch, batch_requests)[place]
+        return chosen
 
     @lru_cache(maxsize=1)  # noqa: B019 -- one epoch of one object
     def _epoch(self, seed: int, epoch: int, batch_requests: int) -> NDArray[np.int64]:

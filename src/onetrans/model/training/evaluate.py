@@ -52,7 +52,10 @@ def popularity(data: TrainingData, tasks: tuple[str, ...]) -> Report | None:
     rows = data.requests.index.rows(data.held_out)
     click, conversion = shown.click[rows], shown.conversion[rows]
     clicked = click > 0
-    report = {"ctr": _measures(users, click, scores), "cvr": _measures(users[clicked], conversion[clicked], scores[clicked])}
+    report = {
+        "ctr": _measures(users, click, scores),
+        "cvr": _measures(users[clicked], conversion[clicked], scores[clicked]),
+    }
     return {task: report[task] for task in tasks}
 
 

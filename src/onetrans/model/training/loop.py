@@ -17,19 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from onetrans.errors import JobError, MissingDependencyError, OutputExistsError
+from onetrans.errors import JobError, MissingDependencyError
 from onetrans.features.folders import new_folder
 from onetrans.features.logs import Logs
-from onetrans.model.checkpoint import random_model, weights_hash, write_checkpoint
+from onetrans.model.checkpoint import weights_hash, write_checkpoint
 from onetrans.model.config import ModelConfig
 from onetrans.model.onetrans import OneTrans
 from onetrans.model.training.config import TrainConfig
 from onetrans.model.training.data import Tensors, TrainingData
 from onetrans.model.training.evaluate import Report, evaluate, popularity
+from onetrans.model.training.initial import initial_model
 from onetrans.model.training.losses import check_tasks, task_losses
 from onetrans.model.training.metrics import auc
 from onetrans.model.training.optimizers import Optimizers
-from onetrans.model.training.state import Progressed, has_state, load_state, save_state, state_folder
+from onetrans.model.training.places import check_output, has_state, state_folder
+from onetrans.model.training.state import Progressed, load_state, save_state
 
 METRICS_FILE = "metrics.json"
 RUNNING_STEPS = 50  # steps that the running AUC looks back
@@ -112,14 +114,30 @@ def train(
         MissingDependencyError: The device is absent.
         JobError: The loss became NaN or infinite, or the disk refused.
     """
-    output = Path(output)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        return _train(config, model_config, logs, Path(output), progress, resume=resume)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    logs: Logs,
+    output: Path,
+    progress: Progress | None,
+    *,
+    resume: bool,
+) -> TrainResult:
+    check_output(output, resume=resume)
     folder = state_folder(output)
-    _check_output(output, folder, resume=resume)
     check_tasks(model_config.tasks)
     device = _device(config.device)
     data = TrainingData(logs, model_config, train_fraction=config.train_fraction)
     steps = config.steps or max(1, round(config.epochs * data.batches_per_epoch(config.batch_requests)))
-    model = random_model(model_config, config.seed).to(device)
+    model = initial_model(model_config, config.seed).to(device)
     model.stack.recompute = config.recompute
     optimizers = Optimizers(
         model,
@@ -207,18 +225,8 @@ def _backward(config: TrainConfig, model: OneTrans, batch: Tensors) -> tuple[flo
     losses = task_losses(logits, batch)
     weights = {task: 1.0 if task == "ctr" else config.cvr_weight for task in losses}
     loss = torch.stack([weights[task] * value for task, value in losses.items()]).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss), {task: value.detach() for task, value in logits.items()}
-
-
-def _check_output(output: Path, folder: Path, *, resume: bool) -> None:
-    if output.exists() or output.is_symlink():
-        done = f"the run into {output} is finished" if resume else f"{output} exists already"
-        raise OutputExistsError(f"{done}; name another output or remove it")
-    if not resume and has_state(folder):
-        raise OutputExistsError(
-            f"an unfinished run into {output} lies in {folder}; continue it with --resume, or remove that folder"
-        )
+    loss.backward()
+    return loss.item(), {task: value.detach() for task, value in logits.items()}
 
 
 def _device(name: str) -> torch.device:

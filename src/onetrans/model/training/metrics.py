@@ -32,11 +32,13 @@ def uauc(users: ArrayLike, labels: ArrayLike, scores: ArrayLike) -> float:
     return float(np.nansum(each * weight) / weight.sum()) if weight.any() else float("nan")
 
 
-def _aucs(group: NDArray[np.int64], labels: NDArray[np.generic], scores: NDArray[np.generic], groups: int) -> NDArray[np.float64]:
+def _aucs(
+    group: NDArray[np.int64], labels: NDArray[np.generic], scores: NDArray[np.generic], groups: int
+) -> NDArray[np.float64]:
     """AUC of each group [groups] by the rank-sum, mid-ranks for ties (Mann-Whitney)."""
     order = np.lexsort((scores, group))
     g, s = group[order], scores[order]
-    positive = labels[order] > 0
+    positive = labels[order].astype(bool)
     count = np.bincount(g, minlength=groups)
     begin = np.cumsum(count) - count
     new = np.ones(len(g), dtype=bool)

@@ -17,7 +17,15 @@ class Optimizers:
     """Both optimisers of a model, and their learning rates over time."""
 
     def __init__(
-        self, model: OneTrans, *, dense: str, dense_lr: float, embedding_lr: float, weight_decay: float, warmup: int, steps: int
+        self,
+        model: OneTrans,
+        *,
+        dense: str,
+        dense_lr: float,
+        embedding_lr: float,
+        weight_decay: float,
+        warmup: int,
+        steps: int,
     ) -> None:
         tables = list(model.embeddings.tables.parameters())
         for table in model.embeddings.tables.values():
@@ -28,7 +36,9 @@ class Optimizers:
         self._warmup, self._steps = warmup, steps
         self.dense: Optimizer
         if dense == "adam":
-            self.dense = torch.optim.AdamW(self.dense_parameters, lr=dense_lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+            self.dense = torch.optim.AdamW(
+                self.dense_parameters, lr=dense_lr, weight_decay=weight_decay, betas=(0.9, 0.98)
+            )
         else:
             self.dense = torch.optim.RMSprop(self.dense_parameters, lr=dense_lr, alpha=0.99, weight_decay=weight_decay)
         self.embedding = torch.optim.Adagrad(tables, lr=embedding_lr, initial_accumulator_value=0.0)
@@ -51,7 +61,8 @@ class Optimizers:
         for name, optimizer in self.named().items():
             for group in optimizer.param_groups:
                 group["lr"] = self._rates[name] * factor
-            optimizer.step()
+            with torch.sparse.check_sparse_tensor_invariants(enable=False):  # said aloud, or torch warns
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, torch.Tensor]:

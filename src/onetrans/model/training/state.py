@@ -35,11 +35,6 @@ class Progressed:
     seconds: float
 
 
-def state_folder(output: Path) -> Path:
-    """Where the checkpoints of an unfinished run into `output` lie: beside it, hidden."""
-    return output.parent / f".{output.name}.training"
-
-
 def save_state(
     folder: Path, model: OneTrans, optimizers: Optimizers, done: Progressed, settings: Mapping[str, Any]
 ) -> None:
@@ -58,11 +53,6 @@ def save_state(
     for other in folder.iterdir():
         if other != place:
             shutil.rmtree(other)
-
-
-def has_state(folder: Path) -> bool:
-    """Whether a run can be resumed from a state folder."""
-    return folder.is_dir() and any(folder.glob("step-*"))
 
 
 def load_state(folder: Path, model: OneTrans, optimizers: Optimizers, settings: Mapping[str, Any]) -> Progressed:

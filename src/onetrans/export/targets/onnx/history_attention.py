@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from onnxscript import opset23 as op
 
-from onetrans.export.targets.onnx.common import Value, additive, heads_first, ints, keys_transposed, pieces, positions, size
+from onetrans.export.targets.onnx.common import (
+    Value,
+    additive,
+    heads_first,
+    ints,
+    keys_transposed,
+    pieces,
+    positions,
+    size,
+)
 
 
 def history_attention(
@@ -21,8 +30,8 @@ def history_attention(
     last = op.Add(op.Unsqueeze(q_start, ints(1)), positions(size(q, 1)))
     visible = op.LessOrEqual(positions(size(k, 1)), op.Unsqueeze(last, ints(1, 3)))
     if past_k is None:
-        joined = [op.Reshape(x, ints(0, 0, H * E)) for x in (q, k, v)]
-        out = op.Attention(*joined, visible, q_num_heads=H, kv_num_heads=H, scale=1.0)[0]
+        q_UND, k_UND, v_UND = (op.Reshape(x, ints(0, 0, H * E)) for x in (q, k, v))
+        out = op.Attention(q_UND, k_UND, v_UND, visible, q_num_heads=H, kv_num_heads=H, scale=1.0)[0]
         return op.Reshape(out, ints(0, 0, H, E))
     valid = op.Less(positions(size(past_k, 1)), op.Unsqueeze(past_length, ints(1)))
     rows = heads_first(q)

@@ -1,0 +1,1 @@
+"""Suites of measurements. `python -m benchmarks.cpu` measures, `python -m benchmarks.report` shows."""

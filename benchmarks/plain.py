@@ -1,0 +1,84 @@
+"""export_time, parity and latency."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+
+from benchmarks.context import Context
+from benchmarks.matmul import CANDIDATES
+from benchmarks.measure import Measured, Row, estimated
+from onetrans.bench.load import LoadConfig, random_requests
+from onetrans.bench.record import make_record
+from onetrans.bench.run import REQUESTS, bench_ranker
+from onetrans.bench.stats import LEAST_SAMPLES, percentiles
+from onetrans.export.verify import check, read_cases, verify
+from onetrans.runtime.ranker import Ranker
+
+GIB = 2**30
+EXPORT_SECONDS = {"tiny": 15.0, "onetrans-s": 60.0}
+EXPORT_GIB = {"onetrans-s": 8.0}
+RELATIVE_ERROR = 1e-5
+
+
+def export_time(context: Context) -> Measured:
+    """Wall time and memory of an export in a process of its own, parity gate included."""
+    rows, samples = [], {}
+    for preset in (context.large, context.small):
+        output = context.place(f"{preset}-{uuid.uuid4().hex[:8]}")
+        context.progress(f"exporting {preset}, target {EXPORT_SECONDS.get(preset, 0):.0f} s")
+        done = context.export(preset, output)
+        samples[preset] = [done.seconds]
+        peak = done.peak_bytes / GIB
+        rows += [
+            Row(what=f"export of {preset}", unit="s", value=done.seconds, target=EXPORT_SECONDS.get(preset)),
+            Row(what=f"export of {preset}, peak memory", unit="GiB", value=peak, target=EXPORT_GIB.get(preset)),
+        ]
+        kept = context.place(preset)
+        if kept.exists():
+            shutil.rmtree(output)
+        else:
+            output.rename(kept)
+    return Measured(rows=rows, samples=samples, notes=["one export each, from start to end of the process"])
+
+
+def parity(context: Context) -> Measured:
+    """The worst case's relative error, as the exporter recorded it and as measured again."""
+    rows = []
+    for preset in (context.small, context.large):
+        ranker = Ranker.open(context.bundle(preset), threads=context.threads)
+        bundle = ranker.bundle
+        context.progress(f"{preset}: comparing with gold")
+        fresh = verify(bundle, ranker.backend, read_cases(bundle))
+        check(fresh)
+        recorded = max(float(result["relative_error"]) for result in bundle.manifest.parity["results"])
+        again = max(result.relative_error for result in fresh)
+        for text, value in (("at export", recorded), ("measured again", again)):
+            what = f"{preset}, relative error to float64 gold, worst of {len(fresh)} cases, {text}"
+            rows.append(Row(what=what, unit="", value=value, target=RELATIVE_ERROR))
+    return Measured(rows=rows, notes=["Euclidean norm of the logits' error over that of gold"])
+
+
+def latency(context: Context) -> Measured:
+    """Percentiles per component over requests of full history and 100 candidates."""
+    rows, records = [], {}
+    count = LEAST_SAMPLES if context.quick else REQUESTS
+    for preset in (context.large, context.small):
+        ranker = Ranker.open(context.bundle(preset), threads=context.threads)
+        manifest = ranker.bundle.manifest
+        results = verify(ranker.bundle, ranker.backend, read_cases(ranker.bundle))
+        check(results)
+        load = LoadConfig(events=manifest.windows.max_history, candidates=CANDIDATES)
+        context.progress(f"{preset}: {count} requests")
+        samples = bench_ranker(ranker, random_requests(load, manifest), count=count)
+        records[preset] = make_record(
+            manifest,
+            samples,
+            load={"requests": count, "input": None, **vars(load)},
+            threads=context.threads,
+            parity={"cases": len(results), "worst_relative_error": max(r.relative_error for r in results)},
+        )
+        for component, seconds in samples.seconds.items():
+            for name, estimate in percentiles(seconds).items():
+                rows.append(estimated(estimate, scale=1e3, what=f"{preset}, {component}, {name}", unit="ms"))
+    return Measured(rows=rows, records=records)

@@ -1,0 +1,441 @@
+"""Measuring: statistics, load, records and reports; the suite's floor against the graphs that it is a floor of."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import cpu, report
+from benchmarks.floor import Floor
+from benchmarks.graph_flops import graph_flops
+from benchmarks.measure import Measured, Row, in_turn
+from benchmarks.products import Product, decode_products, prefill_products, total_flops, visible_pairs
+from benchmarks.suite import format_row, new_suite
+from benchmarks.torch_floor import time_products
+from onetrans.bench.load import LoadConfig, file_requests, random_requests
+from onetrans.bench.plots import plot_latency
+from onetrans.bench.record import dumps, make_record, read_record, summarise, write_json
+from onetrans.bench.report import latency_markdown
+from onetrans.bench.run import COMPONENTS, bench_ranker
+from onetrans.bench.stats import median, median_ratio, percentiles
+from onetrans.errors import ConfigError, DataError, JobError
+from onetrans.features.requests import write_requests
+from onetrans.model.config import ModelConfig
+from onetrans.model.presets import preset
+from onetrans.runtime.ranker import Ranker
+from parity_tests.conftest import error_line, request_of
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def ranker(tiny_bundle: Path) -> Ranker:
+    return Ranker.open(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def record(ranker: Ranker) -> dict[str, Any]:
+    manifest = ranker.bundle.manifest
+    load = LoadConfig(events=9, candidates=5)
+    samples = bench_ranker(ranker, random_requests(load, manifest), count=23, warmup=2)
+    shape = {"requests": 23, "input": None, **vars(load)}
+    return make_record(manifest, samples, load=shape, threads=1, parity={"cases": 9}, notes=("short | rough",))
+
+
+def write_load(path: Path, ranker: Ranker, counts: list[tuple[int, int]]) -> Path:
+    """Requests of (events, candidates), as JSON; behaviours by name, as a caller writes them."""
+    schema = ranker.bundle.manifest.schema
+    requests = [request_of(schema, events=e, candidates=c, seed=i) for i, (e, c) in enumerate(counts)]
+    named = [
+        dataclasses.replace(
+            r, history={**r.history, "behaviour": [schema.behaviours[b] for b in r.history["behaviour"]]}
+        )
+        for r in requests
+    ]
+    write_requests(path, named)
+    return path
+
+
+def brute_percentile(values: list[float], rank: float) -> float:
+    ordered = sorted(values)
+    place = rank / 100 * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+@pytest.mark.parametrize("count", [20, 63, 200])
+def test_percentiles_equal_brute_force(count: int) -> None:
+    values = np.random.default_rng(count).exponential(size=count).tolist()
+    found = percentiles(values)
+    assert list(found) == ["p50", "p95", "p99"]
+    for rank in (50, 95, 99):
+        estimate = found[f"p{rank}"]
+        assert estimate.value == pytest.approx(brute_percentile(values, rank), rel=1e-12)
+        assert min(values) <= estimate.low <= estimate.value <= estimate.high <= max(values)
+    assert percentiles(values) == found
+
+
+def test_bootstrap_interval_equals_plain_loop_and_covers_the_truth() -> None:
+    values = np.random.default_rng(1).normal(size=40)
+    draws = np.random.default_rng(7).integers(0, 40, (2000, 40))
+    medians = [float(np.median(values[draw])) for draw in draws]
+    found = median(values, seed=7)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(medians, [2.5, 97.5])), rel=1e-12)
+    covered = 0
+    for seed in range(100):
+        estimate = median(np.random.default_rng(100 + seed).normal(loc=3.0, size=50))
+        covered += estimate.low <= 3.0 <= estimate.high
+    assert 88 <= covered <= 100
+
+
+def test_paired_ratio_cancels_drift_that_a_ratio_of_medians_keeps() -> None:
+    rng = np.random.default_rng(0)
+    drift = np.linspace(1, 10, 41) * rng.uniform(0.9, 1.1, 41)
+    found = median_ratio(1.25 * drift, drift)
+    assert (found.value, found.low, found.high) == pytest.approx((1.25, 1.25, 1.25))
+    a, b = rng.uniform(1, 2, 9), rng.uniform(1, 2, 9)
+    assert median_ratio(a, b).value == sorted(x / y for x, y in zip(a, b, strict=True))[4]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        pytest.param(lambda: percentiles(range(19)), "19 samples are too few", id="few"),
+        pytest.param(lambda: percentiles([]), "0 samples are too few", id="none"),
+        pytest.param(lambda: percentiles([1.0] * 30 + [float("nan")]), "nan", id="nan"),
+        pytest.param(lambda: median([1.0] * 4), "4 samples are too few", id="few-median"),
+        pytest.param(lambda: median_ratio([1.0] * 5, [1.0] * 6), "cannot be paired", id="unpaired"),
+        pytest.param(lambda: median_ratio([1.0] * 5, [0.0] * 5), "positive", id="zero"),
+    ],
+)
+def test_statistics_refuse(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        call()
+
+
+def sizes(request: Any) -> tuple[int, int]:
+    return len(request.history["timestamp"]), len(next(iter(request.candidates.values())))
+
+
+def test_load_follows_its_seed_and_stays_in_its_sizes(ranker: Ranker) -> None:
+    manifest = ranker.bundle.manifest
+
+    def draw(seed: int, spread: str) -> list[Any]:
+        stream = random_requests(LoadConfig(events=9, candidates=5, spread=spread, seed=seed), manifest)
+        return [next(stream) for _ in range(60)]
+
+    first, again, other = draw(3, "uniform"), draw(3, "uniform"), draw(4, "uniform")
+    np.testing.assert_equal([vars(r) for r in first], [vars(r) for r in again])
+    assert [sizes(r) for r in first] != [sizes(r) for r in other]
+    assert {sizes(r) for r in draw(0, "fixed")} == {(9, 5)}
+    assert {events for events, _ in map(sizes, first)} == set(range(10))
+    assert {candidates for _, candidates in map(sizes, first)} == {1, 2, 3, 4, 5}
+    with pytest.raises(ConfigError, match="spread 'wide'; allowed: fixed, uniform"):
+        LoadConfig(events=1, candidates=1, spread="wide")
+
+
+def test_bench_ranker_keeps_every_sample_in_order(ranker: Ranker) -> None:
+    seen: list[tuple[int, int]] = []
+    was_on, collections = gc.isenabled(), gc.get_stats()[2]["collections"]
+    stream = random_requests(LoadConfig(events=4, candidates=3), ranker.bundle.manifest)
+    samples = bench_ranker(ranker, stream, warmup=3, progress=lambda *at: seen.append(at))
+    assert {name: len(values) for name, values in samples.seconds.items()} == dict.fromkeys(COMPONENTS, 200)
+    parts = np.sum([samples.seconds[name] for name in ("encode", "prefill", "decode")], axis=0)
+    assert (np.array(samples.seconds["whole"]) >= parts).all()
+    assert min(map(min, samples.seconds.values())) > 0
+    assert seen == [(n, 203) for n in range(1, 204)]
+    assert gc.isenabled() == was_on
+    assert gc.get_stats()[2]["collections"] == collections + 1
+
+
+def test_bench_ranker_repeats_few_requests_and_refuses_none(ranker: Ranker) -> None:
+    request = request_of(ranker.bundle.manifest.schema, events=2, candidates=1)
+    assert len(bench_ranker(ranker, [request], count=20, warmup=1).seconds["whole"]) == 20
+    for arguments in ({"count": 19}, {"count": 20, "warmup": 0}):
+        with pytest.raises(ConfigError, match="at least"):
+            bench_ranker(ranker, [request], **arguments)
+    with pytest.raises(ConfigError, match="no request"):
+        bench_ranker(ranker, [])
+
+
+def test_record_round_trip_is_atomic_and_complete(record: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "record.json"
+    path.parent.mkdir()
+    path.write_text("old", encoding="utf-8")
+    write_json(path, record)
+    assert read_record(path) == json.loads(dumps(record)) == record
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+    assert record["summary"] == summarise(record["samples"])
+    assert {"commit", "dirty", "date", "cpu", "cores", "memory_bytes", "os", "python", "libraries"} <= set(
+        record["environment"]
+    )
+    assert len(record["bundle"]["config_sha256"]) == len(record["bundle"]["weights_sha256"]) == 64
+    assert "off while measuring" in record["garbage_collector"]
+    with pytest.raises(JobError, match="could not be written"):
+        write_json(path / "below", record)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "JSON"), ("[]", "format"), ('{"format": "onetrans-bench", "version": 99}', "version 99")],
+)
+def test_foreign_records_are_refused(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=words):
+        read_record(tmp_path / "r.json")
+    with pytest.raises(DataError, match="does not exist"):
+        read_record(tmp_path / "none.json")
+
+
+def test_reports_show_the_record(record: dict[str, Any], tmp_path: Path) -> None:
+    text = latency_markdown(record)
+    p99 = record["summary"]["decode"]["p99"]
+    assert f"{1e3 * p99['value']:.2f} ({1e3 * p99['low']:.2f} – {1e3 * p99['high']:.2f})" in text
+    assert "9 events, 5 candidates" in text
+    for name in ("a.svg", "b.svg"):
+        plot_latency(record, tmp_path / name)
+    drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert drawn == (tmp_path / "b.svg").read_text(encoding="utf-8")
+    for word in ("encode", "prefill", "decode", "whole", "p99", "milliseconds"):
+        assert word in drawn
+    with pytest.raises(JobError, match="svg"):
+        plot_latency(record, tmp_path / "a.txt")
+
+
+SMALL = dataclasses.replace(preset("tiny"), l_ns=2, d=8, heads=2, layers=2, event_hidden=6, tokenizer_hidden=10)
+
+
+def hand(lengths: tuple[int, int], candidates: int) -> tuple[int, int, int]:
+    """Decode, prefill and visible-only prefill of SMALL, token by token: d 8, feed-forward 32, two heads of 4."""
+    c, (first, second) = SMALL, lengths
+    known = sum(f.embedded_dim for f in c.schema.candidate)
+    wide, user = sum(f.embedded_dim for f in c.schema.event), sum(f.embedded_dim for f in c.schema.user)
+    macs = candidates * (known * 10 + 10 * 2 * 8)
+    for window in lengths:
+        per_token = 8 * 24 + 8 * 8 + 2 * 8 * 32 + 2 * 8 * (window + 2)
+        macs += candidates * 2 * per_token
+    macs += candidates * 2 * (8 * c.head_hidden + c.head_hidden)
+    prefill = user * 10 + first * (wide * 6 + 6 * 8) + (first + second) * 8 * 16
+    prefill += second * (8 * 8 + 8 * 8 + 2 * 8 * 32)
+    pairs = sum(first - second + i + 1 for i in range(second))
+    return 2 * macs, 2 * (prefill + 2 * 8 * second * first), 2 * (prefill + 2 * 8 * pairs)
+
+
+def test_floor_counts_equal_a_hand_count() -> None:
+    lengths = (11, 7)
+    decode, prefill, visible = hand(lengths, 3)
+    assert total_flops(decode_products(SMALL, lengths=lengths, candidates=3)) == decode
+    assert total_flops(prefill_products(SMALL, lengths=lengths, visible_only=False)) == prefill
+    assert total_flops(prefill_products(SMALL, lengths=lengths, visible_only=True)) == visible
+    brute = sum(key <= 4 + query for query in range(7) for key in range(11))
+    assert visible_pairs(7, 11) == brute
+
+
+@pytest.mark.parametrize(("events", "candidates"), [(1, 1), (20, 7), (63, 5)])
+def test_graphs_do_the_floors_operations_and_no_more(ranker: Ranker, events: int, candidates: int) -> None:
+    manifest = ranker.bundle.manifest
+    config = ModelConfig.from_json(manifest.model)
+    request = request_of(manifest.schema, events=events, candidates=candidates)
+    user, candidate = ranker.encode_user(request.history, request.profile), ranker.encode_candidates(request.candidates)
+    state = ranker.backend.prefill(user)
+    values = {**ranker.backend.state_arrays(state), **user, **candidate}
+    lengths = values["lengths"][0].tolist()
+    assert lengths == [events] * config.layers
+
+    def done(graph: str) -> int:
+        return graph_flops(ranker.bundle, graph, {s.name: values[s.name] for s in manifest.graphs[graph].inputs})
+
+    assert done("prefill") == total_flops(prefill_products(config, lengths=lengths, visible_only=False))
+    # Zero value rows stand in for the own block (candidate_attention's lowering): L_NS more columns of P·V per layer.
+    zeros = 2 * config.layers * candidates * config.l_ns**2 * config.d
+    needed = total_flops(decode_products(config, lengths=lengths, candidates=candidates))
+    assert done("decode") == needed + zeros
+
+
+def test_floor_is_nothing_but_its_matmuls_and_runs() -> None:
+    import onnx
+
+    from benchmarks.floor import floor_model
+
+    products = decode_products(SMALL, lengths=(11, 7), candidates=3)
+    model = onnx.load_model_from_string(floor_model(products))
+    onnx.checker.check_model(model)
+    assert {node.op_type for node in model.graph.node} == {"MatMul"}
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*inferred.input, *inferred.output)}
+    shapes |= {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.value_info}
+    counted = sum(2 * int(np.prod(shapes[n.output[0]])) * shapes[n.input[0]][-1] for n in model.graph.node)
+    assert counted == total_flops(products)
+    assert Floor(products, threads=1).run() > 0
+    seconds = time_products(products, threads=1, rounds=5)
+    assert len(seconds) == 5
+    assert min(seconds) > 0
+    chained = Product(name="a", batch=1, rows=2, inner=3, columns=4, weight=True)
+    assert (chained.flops, chained.bytes) == (48, 4 * (6 + 12 + 8))
+
+
+def test_in_turn_alternates() -> None:
+    order: list[str] = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    seconds = in_turn(runs, rounds=5, warmup=1, pause=0.0)
+    assert order == ["a", "b"] * 6
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 5, "b": 5}
+
+
+def a_suite(record: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        Row(what="decode over its MatMuls", unit="", value=1.23, low=1.2, high=1.3, target=1.4, prediction=1.1),
+        Row(what="speed-up", unit="", value=150.0, target=200.0, at_least=True),
+        Row(what="error", unit="", value=2.5e-7, target=1e-5),
+    ]
+    part = {"key": {"quick": False}, "environment": record["environment"], "notes": [], "samples": {}}
+    suite = new_suite("cpu")
+    suite["measures"]["decode_vs_matmul"] = {**part, "rows": [cpu.plain_row(row) for row in rows], "records": {}}
+    suite["measures"]["latency"] = {**part, "rows": [], "records": {"tiny": record}}
+    return suite
+
+
+def test_readme_table_is_written_from_the_record_and_checked(record: dict[str, Any], tmp_path: Path) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    write_json(results / "cpu.json", a_suite(record))
+    readme.write_text(f"# Title\n\n{report.BEGIN}\n{report.END}\n\nrest\n", encoding="utf-8")
+
+    def run(*more: str) -> tuple[int, str]:
+        result = CliRunner().invoke(report.main, [*arguments, *more])
+        return result.exit_code, result.output
+
+    assert run("--check")[0] == 1
+    assert run()[0] == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("# Title\n\n<!--")
+    assert text.endswith("-->\n\nrest\n")
+    assert "| decode over its MatMuls | ≤ 1.4 | 1.1 | 1.23 (1.2 – 1.3) | yes |" in text
+    assert "| speed-up | ≥ 200 |  | 150 | **no** |" in text
+    assert "| error | ≤ 1e-05 |  | 2.5e-07 | yes |" in text
+    assert "9 events, 5 candidates" in text
+    assert (results / "cpu-latency-tiny.svg").is_file()
+    assert run("--check") == (0, "")
+    assert run()[0] == 0
+    assert readme.read_text(encoding="utf-8") == text
+    readme.write_text(text.replace("1.23", "1.03"), encoding="utf-8")
+    assert run("--check")[0] == 1
+    readme.write_text("no marks", encoding="utf-8")
+    assert run()[0] == 2
+    quick = copy.deepcopy(a_suite(record))
+    quick["measures"]["latency"]["key"]["quick"] = True
+    with pytest.raises(DataError, match="quick"):
+        report.measures_markdown([quick])
+
+
+def test_suite_resumes_by_commit_and_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def fake(context: Any) -> Measured:
+        ran.append(context.source)
+        return Measured(rows=[Row(what="x", unit="ms", value=1.0)], samples={"x": [0.5, 1.5]})
+
+    monkeypatch.setattr(cpu, "MEASURES", {"first": fake, "second": fake})
+    output = tmp_path / "cpu.json"
+
+    def run(*arguments: str) -> None:
+        command = click.Command("cpu", callback=cpu.main.callback, params=cpu.main.params)
+        for parameter in command.params:
+            if parameter.name == "only":
+                parameter.type = click.STRING
+        result = CliRunner().invoke(command, ["--output", str(output), "--work", str(tmp_path), *arguments])
+        assert result.exit_code == 0, result.output
+
+    run("--only", "second")
+    run()
+    assert len(ran) == 2
+    assert list(json.loads(output.read_text(encoding="utf-8"))["measures"]) == ["first", "second"]
+    run()
+    assert len(ran) == 2
+    run("--fresh", "--only", "first")
+    run("--threads", "1", "--only", "first")
+    assert len(ran) == 4
+
+
+def test_a_missed_target_is_said() -> None:
+    row = cpu.plain_row(Row(what="decode", unit="ms", value=123.4, low=120.0, high=130.0, target=100.0))
+    assert format_row(row) == "decode: 123 ms (120 – 130), target ≤ 100 ms: MISSED"
+
+
+def test_command_prints_a_table_and_writes_its_record(run_cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    result = run_cli("bench", tiny_bundle, "--events", 5, "--candidates", 3, "--threads", 1, "--record", path)
+    assert result.returncode == 0, result.stderr
+    for word in ("encode", "prefill", "decode", "whole", "p50", "p95", "p99", "200 requests"):
+        assert word in result.stdout
+    record = read_record(path)
+    assert {name: len(values) for name, values in record["samples"].items()} == dict.fromkeys(COMPONENTS, 200)
+    assert record["parity"]["worst_relative_error"] < 1e-5
+
+
+def test_command_prints_one_json_object_and_nothing_else(
+    run_cli: Cli, ranker: Ranker, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    source = write_load(tmp_path / "requests.json", ranker, [(0, 1), (1, 2), (2, 3)])
+    result = run_cli("bench", tiny_bundle, "--input", source, "--requests", 20, "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    found = json.loads(result.stdout)
+    assert set(found["summary"]) == set(COMPONENTS)
+    assert found["load"]["input"] == str(source)
+    assert "fewer than 200" in result.stderr
+    assert "fewer than 200" in found["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--candidates", 0), ("candidates is 0", "1 to 2048")),
+        (("--candidates", 4096), ("candidates is 4096", "1 to 2048")),
+        (("--events", -1), ("events is -1", "0 to 191")),
+        (("--events", 192), ("events is 192", "0 to 191")),
+        (("--requests", 19), ("--requests is 19", "at least 20")),
+        (("--threads", 0), ("--threads is 0", "at least 1")),
+        (("--input", "none.json"), ("none.json is missing",)),
+        (("--input", "none.json", "--seed", 1), ("--seed", "--input none.json", "drop")),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_command_refuses_in_one_line(
+    run_cli: Cli, tiny_bundle: Path, arguments: tuple[object, ...], words: tuple[str, ...]
+) -> None:
+    line = error_line(run_cli("bench", tiny_bundle, *arguments), 2)
+    for word in words:
+        assert word in line
+
+
+def test_file_requests_beyond_the_bounds_are_refused(ranker: Ranker, tmp_path: Path) -> None:
+    manifest = dataclasses.replace(ranker.bundle.manifest, bounds={**ranker.bundle.manifest.bounds, "C": (1, 2)})
+    source = write_load(tmp_path / "r.json", ranker, [(1, 2), (1, 3)])
+    with pytest.raises(DataError, match="request 1 has 3 candidates; this bundle takes 1 to 2"):
+        file_requests(source, manifest)
+
+
+def test_no_speed_from_a_bundle_whose_parity_fails(run_cli: Cli, bundle: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    from parity_tests.conftest import rehash
+
+    gold = load_file(bundle / "gold.safetensors")
+    moved = ("/gold/", "/reference/")
+    wrong = {n: v + v.dtype.type(0.5) if any(part in n for part in moved) else v for n, v in gold.items()}
+    save_file(wrong, bundle / "gold.safetensors")
+    rehash(bundle)
+    line = error_line(run_cli("bench", bundle, "--requests", 20, "--json"), 1)
+    assert "parity cases failed" in line

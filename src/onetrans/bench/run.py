@@ -1,0 +1,93 @@
+"""Runs a ranker under a request stream and keeps every sample."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from onetrans.bench.stats import LEAST_SAMPLES
+from onetrans.errors import ConfigError
+from onetrans.features.requests import Request
+from onetrans.runtime.ranker import Ranker
+
+COMPONENTS = ("encode", "prefill", "decode", "whole")
+REQUESTS = 200
+WARMUP = 10
+GARBAGE_COLLECTOR = "collected before, off while measuring"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds per component, one entry per measured request, in order.
+
+    Attributes:
+        seconds: `encode`, `prefill`, `decode` as the ranker states them, and `whole`, the call as its caller sees it.
+        warmup: Requests that ran before, unmeasured.
+    """
+
+    seconds: dict[str, list[float]]
+    warmup: int
+
+
+@contextmanager
+def quiet_collector() -> Iterator[None]:
+    """Collects garbage, then keeps the collector off: its pauses would be charged to whichever request they hit."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def bench_ranker(
+    ranker: Ranker,
+    requests: Iterable[Request],
+    *,
+    count: int = REQUESTS,
+    warmup: int = WARMUP,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Samples:
+    """Ranks requests one after another on the monotonic clock (`time.perf_counter`).
+
+    Requests are taken before measuring begins and repeated where there are fewer than `count`, so the clock sees
+    ranking alone.
+
+    Args:
+        ranker: Opened.
+        requests: At least one; of an endless stream only `count` are taken.
+        count: Requests to measure, at least LEAST_SAMPLES.
+        warmup: Requests to rank before, at least 1: the first calls allocate.
+        progress: Called between requests with the number ranked and the total, warmup included.
+
+    Raises:
+        ConfigError: Too few to measure, or no request.
+        DataError: A request does not fit the bundle.
+    """
+    if count < LEAST_SAMPLES:
+        raise ConfigError(f"{count} requests are too few to measure; ask for at least {LEAST_SAMPLES}")
+    if warmup < 1:
+        raise ConfigError(f"warmup is {warmup}; it must be at least 1")
+    taken = list(itertools.islice(requests, count))
+    if not taken:
+        raise ConfigError("there is no request to measure; give at least one")
+    stream = itertools.cycle(taken)
+    seconds: dict[str, list[float]] = {name: [] for name in COMPONENTS}
+    total = count + warmup
+    with quiet_collector():
+        for index in range(total):
+            request = next(stream)
+            began = time.perf_counter()
+            scores = ranker.rank(history=request.history, profile=request.profile, candidates=request.candidates)
+            whole = time.perf_counter() - began
+            if index >= warmup:
+                for name, value in {**scores.seconds, "whole": whole}.items():
+                    seconds[name].append(value)
+            progress(index + 1, total)
+    return Samples(seconds, warmup)
