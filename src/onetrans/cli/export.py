@@ -62,7 +62,7 @@ def export_command(
         raise OutputExistsError(f"{output} exists already; name another path or remove it")
     with stages(f"exporting to {output}") as progress:
         progress("load")
-        from onetrans.export.export import export
+        from onetrans.export import export
         from onetrans.model.checkpoint import load_checkpoint, random_model
         from onetrans.model.presets import preset as named
 

@@ -1,1 +1,21 @@
-"""Export: capture, split, passes, targets, the bundle writer and verify."""
+"""Export: capture, split, passes, targets, the bundle writer and verify.
+
+`export` is imported when it is asked for, so that `onetrans.export.verify` works without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onetrans.export.pipeline import export
+
+__all__ = ["export"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":
+        from onetrans.export.pipeline import export
+
+        return export
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,8 +22,9 @@ def _tiny() -> ModelConfig:
         l_ns=4,
         d=64,
         heads=2,
-        layers=3,
+        layers=2,
         max_history=64,
+        schedule="linear_shrunk",
         head_hidden=32,
     )
 
