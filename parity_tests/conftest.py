@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from onetrans.cli.main import cli, run
-from onetrans.export.export import export
+from onetrans.export import export
 from onetrans.features.random_requests import random_request
 from onetrans.features.requests import Request
 from onetrans.features.schema import FeatureSchema
@@ -135,9 +135,7 @@ def request_of(schema: FeatureSchema, *, events: int, candidates: int, seed: int
     return random_request(schema, events=events, candidates=candidates, rng=np.random.default_rng(seed))
 
 
-def as_rows(columns: Mapping[str, Any], behaviours: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Columns as one dict of plain values per row; behaviours by name."""
+def as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Columns as one dict of plain values per row."""
     plain = {name: np.asarray(column).tolist() for name, column in columns.items()}
-    if behaviours:
-        plain["behaviour"] = [behaviours[index] for index in plain["behaviour"]]
     return [dict(zip(plain, row, strict=True)) for row in zip(*plain.values(), strict=True)]

@@ -68,7 +68,7 @@ def test_the_installed_script_scores_as_we_do(host: Path, tiny_bundle: Path, tmp
     schema = ranker.bundle.manifest.schema
     request = request_of(schema, events=150, candidates=20)
     given = {
-        "history": as_rows(request.history, schema.behaviours),
+        "history": as_rows(request.history),
         "profile": {name: np.asarray(value).tolist() for name, value in request.profile.items()},
         "candidates": as_rows(request.candidates),
     }

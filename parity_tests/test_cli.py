@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import xml.etree.ElementTree as ET
@@ -15,7 +16,7 @@ from safetensors.numpy import load, save
 
 from onetrans.cli.main import COMMANDS
 from onetrans.features.logs import write_logs
-from onetrans.features.requests import Request, read_requests, write_requests
+from onetrans.features.requests import read_requests, write_requests
 from onetrans.features.synthetic import generate
 from onetrans.model.checkpoint import random_model, save_checkpoint
 from onetrans.model.presets import preset
@@ -28,17 +29,8 @@ def requests_file(tmp_path: Path) -> Path:
     path = tmp_path / "requests.json"
     schema = preset("tiny").schema
     made = [request_of(schema, events=events, candidates=12, seed=events) for events in (0, 70, 300)]
-    names = np.array(schema.behaviours)
-    plain = [
-        Request(
-            history={**r.history, "behaviour": names[r.history["behaviour"]]},
-            profile=r.profile,
-            candidates=r.candidates,
-            request=f"request {index}",
-        )
-        for index, r in enumerate(made)
-    ]
-    write_requests(path, plain)
+    named = [dataclasses.replace(request, request=f"request {index}") for index, request in enumerate(made)]
+    write_requests(path, named)
     return path
 
 
@@ -81,7 +73,8 @@ def test_verify_as_json(run_cli: Command, tiny_bundle: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = one_object(done.stdout)
     assert (found["bundle"], found["passed"]) == (str(tiny_bundle), True)
-    assert [case["lengths"] for case in found["cases"]][:3] == [[0], [1], [13]]
+    full = preset("tiny").max_history
+    assert [case["lengths"] for case in found["cases"]][:5] == [[0], [1], [full // 10 + 1], [full], [full]]
     for case in found["cases"]:
         assert 0 < case["error"] <= case["bound"] < 1e-5
         assert case["relative_error"] < 1e-5

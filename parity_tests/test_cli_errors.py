@@ -137,7 +137,7 @@ def request_to(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     schema = preset("tiny").schema
     request = request_of(schema, events=4, candidates=3)
     given = {
-        "history": as_rows(request.history, schema.behaviours),
+        "history": as_rows(request.history),
         "profile": {name: value.tolist() for name, value in request.profile.items()},
         "candidates": as_rows(request.candidates),
     }

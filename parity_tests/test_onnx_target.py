@@ -7,8 +7,8 @@ import pytest
 from onnx import numpy_helper
 
 from onetrans.errors import ExportError
+from onetrans.export import export
 from onetrans.export.config import ExportConfig
-from onetrans.export.export import export
 from onetrans.model.checkpoint import random_model
 from onetrans.runtime.manifest import WEIGHTS_FILE
 from parity_tests.configs import VARIANTS, small_config

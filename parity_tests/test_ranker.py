@@ -249,8 +249,7 @@ def test_what_stands_in_the_padding_does_not_matter(ranker: Ranker) -> None:
 @pytest.mark.parametrize("events", [0, 1, 150])
 def test_rows_of_dicts_equal_columns(ranker: Ranker, events: int) -> None:
     request = make(ranker, events, 9, seed=6)
-    schema = ranker.bundle.manifest.schema
-    rows = as_rows(request.history, schema.behaviours)
+    rows = as_rows(request.history)
     assert len(rows) == events
     by_rows = ranker.rank(history=rows, profile=request.profile, candidates=as_rows(request.candidates))
     by_columns = score(ranker, request)
@@ -361,7 +360,7 @@ main()
 def test_scoring_needs_no_torch_onnx_or_pyarrow(ranker: Ranker, tiny_bundle: Path, tmp_path: Path) -> None:
     request = make(ranker, 70, 5)
     given = {
-        "history": as_rows(request.history, ranker.bundle.manifest.schema.behaviours),
+        "history": as_rows(request.history),
         "profile": {name: np.asarray(value).tolist() for name, value in request.profile.items()},
         "candidates": as_rows(request.candidates),
     }

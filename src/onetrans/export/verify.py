@@ -147,7 +147,7 @@ def _check_reference(cases: Sequence[StoredCase], reference_error: float, ulp: f
     allowed = REFERENCE_ULP * ulp * largest
     if not reference_error <= allowed:
         raise ParityError(
-            f"the stored reference is {reference_error:.2e} from gold where {allowed:.2e} is possible: one of the two was"
+            f"the stored reference is {reference_error:.2e} from gold where {allowed:.2e} is possible: one of them was"
             " altered; export the bundle again"
         )
 
