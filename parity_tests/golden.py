@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             with np.load(path) as loaded:
                 errors = dict(compare({name: loaded[name] for name in loaded.files}))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
             print(f"{path}: not a golden case: {error}", file=sys.stderr)
             return 2
         name = max(errors, key=errors.__getitem__)

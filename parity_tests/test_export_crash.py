@@ -78,7 +78,7 @@ def test_killed_exports_left_no_bundle_and_the_next_run_cleans_up(
 def test_onetrans_export_is_the_export_command(
     rerun: tuple[Path, subprocess.CompletedProcess[str]], tiny_bundle: Path
 ) -> None:
-    """And it makes the bundle that `onetrans.export.export.export` made of the same weights."""
+    """And it makes the bundle that `onetrans.export.export` made of the same weights."""
     place, done = rerun
     assert done.stdout.count("\n") == 1
     found = json.loads(done.stdout)
