@@ -56,13 +56,7 @@ def write_load(path: Path, ranker: Ranker, counts: list[tuple[int, int]]) -> Pat
     """Requests of (events, candidates), as JSON; behaviours by name, as a caller writes them."""
     schema = ranker.bundle.manifest.schema
     requests = [request_of(schema, events=e, candidates=c, seed=i) for i, (e, c) in enumerate(counts)]
-    named = [
-        dataclasses.replace(
-            r, history={**r.history, "behaviour": [schema.behaviours[b] for b in r.history["behaviour"]]}
-        )
-        for r in requests
-    ]
-    write_requests(path, named)
+    write_requests(path, requests)
     return path
 
 
@@ -403,8 +397,8 @@ def test_command_prints_one_json_object_and_nothing_else(
     [
         (("--candidates", 0), ("candidates is 0", "1 to 2048")),
         (("--candidates", 4096), ("candidates is 4096", "1 to 2048")),
-        (("--events", -1), ("events is -1", "0 to 191")),
-        (("--events", 192), ("events is 192", "0 to 191")),
+        (("--events", -1), ("events is -1", "0 to 127")),
+        (("--events", 128), ("events is 128", "0 to 127")),
         (("--requests", 19), ("--requests is 19", "at least 20")),
         (("--threads", 0), ("--threads is 0", "at least 1")),
         (("--input", "none.json"), ("none.json is missing",)),

@@ -159,7 +159,7 @@ def test_inspect_shows_the_cut_and_draws_it(run_cli: Command, bundle: Path) -> N
     root = ET.parse(picture).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     text = " ".join(root.itertext())
-    for word in ("prefill: once per user", "decode: per candidate", "k0, v0", "k2, v2", "ctr, cvr logits"):
+    for word in ("prefill: once per user", "decode: per candidate", "k0, v0", "k1, v1", "ctr, cvr logits"):
         assert word in text
 
 

@@ -40,7 +40,7 @@ def candidate_attention(
     key, value = (part[0] if len(part) == 1 else op.Concat(*part, axis=1) for part in (keys, values))
     W = size(key, 1)
     rows = op.Reshape(q_UHCPE, shape(U, H, -1, E))
-    on_user = op.MatMul(rows, keys_transposed(key))
+    on_user = op.MatMul(rows, keys_transposed(key, H, E))
     scores = op.Concat(op.Reshape(on_user, shape(U, H, -1, P, W)), op.Reshape(own, shape(U, H, -1, P, P)), axis=-1)
     weights = op.Softmax(op.Add(scores, _mask(keys, lengths, P)), axis=-1)
     # Zero rows for the own block: slicing the weights [U, H, C·P, W] instead would copy them (7 of 147 ms).

@@ -63,11 +63,10 @@ def heads_first(x: Value) -> Value:
     return op.Transpose(x, perm=[0, 2, 1, 3])
 
 
-def keys_transposed(key: Value) -> Value:
+def keys_transposed(key: Value, H: int, E: int) -> Value:
     """key [U, W, H, E] as [U, H, E, W], in two steps that no optimiser joins.
 
     ONNX Runtime takes the second into the product; one transposition to [U, H, E, W] it would carry out, slowly.
     """
-    H, E = int(key.shape[2]), int(key.shape[3])
     by_head = op.Reshape(heads_first(key), shape(size(key, 0), H, -1, E))
     return op.Transpose(by_head, perm=[0, 1, 3, 2])

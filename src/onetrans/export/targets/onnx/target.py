@@ -67,10 +67,11 @@ def lower(
                 verbose=False,
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ExportError(
-            f"{name} cannot be lowered to ONNX: {reason[-1] if reason else type(error).__name__}"
-        ) from error
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = f"{type(root).__name__}: {root}".split("\n")[0]
+        raise ExportError(f"{name} cannot be lowered to ONNX: {reason}") from error
     assert made is not None
     model: ir.Model = made.model
     model.graph.name = name
