@@ -6,6 +6,8 @@ terminated.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import logging
 import os
@@ -59,14 +61,18 @@ def cli(verbose: bool) -> None:
 
 def main() -> None:
     """The `onetrans` command."""
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(cli, sys.argv[1:]))
+    sys.exit(_start(sys.argv[1:]))
 
 
 def export_main() -> None:
     """The `onetrans-export` command: the same as `onetrans export`."""
+    sys.exit(_start(["export", *sys.argv[1:]]))
+
+
+def _start(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(cli, ["export", *sys.argv[1:]]))
+    atexit.register(gc.freeze)  # the interpreter need not search a traced model for garbage before it ends
+    return run(cli, arguments)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
