@@ -26,7 +26,7 @@ from onetrans.bench.load import LoadConfig, file_requests, random_requests
 from onetrans.bench.plots import plot_latency
 from onetrans.bench.record import dumps, make_record, read_record, summarise, write_json
 from onetrans.bench.report import latency_markdown
-from onetrans.bench.run import COMPONENTS, bench_ranker
+from onetrans.bench.run import COMPONENTS, bench_ranker, quiet_collector
 from onetrans.bench.stats import median, median_ratio, percentiles
 from onetrans.errors import ConfigError, DataError, JobError
 from onetrans.features.requests import write_requests
@@ -141,7 +141,8 @@ def test_load_follows_its_seed_and_stays_in_its_sizes(ranker: Ranker) -> None:
 
 def test_bench_ranker_keeps_every_sample_in_order(ranker: Ranker) -> None:
     seen: list[tuple[int, int]] = []
-    was_on, collections = gc.isenabled(), gc.get_stats()[2]["collections"]
+    gc.disable()  # so that none but the bench's own collection runs
+    collections = gc.get_stats()[2]["collections"]
     stream = random_requests(LoadConfig(events=4, candidates=3), ranker.bundle.manifest)
     samples = bench_ranker(ranker, stream, warmup=3, progress=lambda *at: seen.append(at))
     assert {name: len(values) for name, values in samples.seconds.items()} == dict.fromkeys(COMPONENTS, 200)
@@ -149,8 +150,12 @@ def test_bench_ranker_keeps_every_sample_in_order(ranker: Ranker) -> None:
     assert (np.array(samples.seconds["whole"]) >= parts).all()
     assert min(map(min, samples.seconds.values())) > 0
     assert seen == [(n, 203) for n in range(1, 204)]
-    assert gc.isenabled() == was_on
+    assert not gc.isenabled()
     assert gc.get_stats()[2]["collections"] == collections + 1
+    gc.enable()
+    with quiet_collector():
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_bench_ranker_repeats_few_requests_and_refuses_none(ranker: Ranker) -> None:
