@@ -83,10 +83,10 @@ def layer_windows(config: StackConfig, start_U: torch.Tensor, length_U: torch.Te
 
 def take_rows(x_UND: torch.Tensor, start_U: torch.Tensor, rows: int) -> torch.Tensor:
     """Rows start[u] … start[u] + rows - 1 of each user, [U, rows, D]; past the end the last row is repeated."""
-    U, N, _ = x_UND.shape
+    U, N, D = x_UND.shape
     index = (start_U[:, None] + torch.arange(rows, device=x_UND.device)).clamp(max=N - 1)
     index = index + torch.arange(U, device=x_UND.device)[:, None] * N
-    taken: torch.Tensor = x_UND.flatten(0, 1).index_select(0, index.flatten()).view(U, rows, -1)
+    taken: torch.Tensor = x_UND.flatten(0, 1).index_select(0, index.flatten()).view(U, rows, D)
     return taken
 
 
@@ -136,16 +136,17 @@ class Block(nn.Module):
 
     def _heads(self, x_UND: torch.Tensor) -> torch.Tensor:
         U, N, _ = x_UND.shape
-        x_UNHE: torch.Tensor = x_UND.view(U, N, self.config.heads, -1)
+        H = self.config.heads
+        x_UNHE: torch.Tensor = x_UND.view(U, N, H, self.config.d // H)
         return x_UNHE
 
     def history_keys(self, x_UND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of every S-token in the window, each [U, N, H, E]; the layer's cacheable state."""
-        U, N, _ = x_UND.shape
+        U, N, D = x_UND.shape
         kv = mixed_linear(
-            x_UND.reshape(1, U * N, -1), self.wkv_s, self.norm1, self.config.eps, self._bias("bkv_s"), None
+            x_UND.reshape(1, U * N, D), self.wkv_s, self.norm1, self.config.eps, self._bias("bkv_s"), None
         )
-        k, v = (self._heads(part.contiguous()) for part in kv.view(U, N, -1).chunk(2, dim=-1))
+        k, v = (self._heads(part.contiguous()) for part in kv.view(U, N, 2 * D).chunk(2, dim=-1))
         return state_value(k, f"k{self.index}"), state_value(v, f"v{self.index}")
 
     def history(
