@@ -120,6 +120,12 @@ def test_verify_fails_on_nan_and_its_json_stays_json(run_here: Command, bundle: 
     error_line(done, 1)
 
 
+def test_verify_refuses_cases_that_are_not_all_there(run_here: Command, bundle: Path) -> None:
+    edit_tensors(bundle, "gold.safetensors", lambda t: {n: v for n, v in t.items() if not n.startswith("1/gold/")})
+    line = error_line(run_here("verify", bundle), 2)
+    assert "does not hold the 9 cases stated" in line
+
+
 def test_verify_fails_where_nothing_was_compared(run_here: Command, bundle: Path) -> None:
     edit_tensors(bundle, "gold.safetensors", lambda tensors: {})
     line = error_line(run_here("verify", bundle), 1)

@@ -82,6 +82,9 @@ def read_cases(bundle: Bundle) -> list[StoredCase]:
         case, kind, name = key.split("/")
         parts.setdefault(case, {}).setdefault(kind, {})[name] = value
     names: Sequence[str] = bundle.manifest.parity["case_names"]
+    complete = all({"inputs", "gold", "reference"} <= kinds.keys() for kinds in parts.values())
+    if parts and (not complete or parts.keys() != {str(index) for index in range(len(names))}):
+        raise BundleError(f"{GOLD_FILE} of {bundle.path} does not hold the {len(names)} cases stated; export it again")
     return [
         StoredCase(
             name=names[int(case)],
