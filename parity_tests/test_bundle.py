@@ -421,4 +421,7 @@ def test_read_tensors_refuses_what_has_no_header(content: bytes) -> None:
 def test_a_copy_opens_where_the_original_is_gone(bundle: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(bundle, tmp_path / "elsewhere"))
     shutil.rmtree(bundle)
-    open_backend(Bundle.open(copied), threads=1)
+    opened = Bundle.open(copied)
+    open_backend(opened, threads=1)
+    assert opened.path == copied
+    assert set(opened.contents) == set(opened.manifest.files)

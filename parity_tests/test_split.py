@@ -228,7 +228,10 @@ def probe_values(seed: int):
 
 def test_the_probe_passes_a_sound_split():
     (ua, ca), (ub, cb) = probe_values(0), probe_values(1)
-    probe_split(two_tower(), ua, ub, ca, cb)
+    parts = two_tower()
+    probe_split(parts, ua, ub, ca, cb)  # raises where it does not hold
+    with torch.inference_mode():
+        assert not torch.equal(parts.prefill.module(ua["x"])[0], parts.prefill.module(ub["x"])[0])
 
 
 def test_the_probe_finds_state_that_candidates_change():
