@@ -21,7 +21,7 @@ from onnxscript import ir
 
 from onetrans.bench.run import quiet_collector
 from onetrans.export.config import ExportConfig
-from onetrans.export.inputs import capture_model, random_inputs
+from onetrans.export.inputs import capture_model
 from onetrans.export.split import prepare
 from onetrans.export.targets.onnx.target import lower
 from onetrans.features.encode import TensorSpec
@@ -50,9 +50,8 @@ def lower_whole(asked: dict[str, Any]) -> None:
     model = random_model(preset(asked["preset"]), asked["seed"])
     c, config = model.config, ExportConfig()
     program, _ = prepare(capture_model(model, config)[0])
-    bounds = {"U": (1, config.max_users), "C": (1, config.max_candidates), "L": (1, c.window_bounds[0])}
     outputs = [TensorSpec(name=t, dtype="float32", dims=("U", "C"), scope="candidate") for t in c.tasks]
-    made = lower(program, random_inputs(c, {"U": 2, "C": 3, "L": 5}, seed=0), bounds, outputs, "unsplit")
+    made = lower(program, outputs, "unsplit")
     output = Path(asked["output"])
     unfinished = output.with_suffix(".unfinished")
     unfinished.write_bytes(ir.to_proto(made).SerializeToString())

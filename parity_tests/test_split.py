@@ -10,6 +10,7 @@ from onetrans.errors import ExportError
 from onetrans.export.capture import capture
 from onetrans.export.config import ExportConfig
 from onetrans.export.inputs import capture_model, random_inputs
+from onetrans.export.passes.drop_past import drop_past
 from onetrans.export.probe import probe_split
 from onetrans.export.split import Split, extract, split
 from onetrans.features.encode import TensorSpec
@@ -75,6 +76,31 @@ def test_prefill_and_decode_equal_the_whole_model_bit_for_bit(captured):
         whole = parts.whole.module(*(inputs[spec.name] for spec in parts.whole.inputs))
     for found, expected in zip(run_split(parts, user, candidate), whole, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_an_empty_past_leaves_nothing_behind(captured):
+    variant, _, parts, append = captured
+    assert not [spec.name for spec in parts.whole.inputs if spec.name.startswith("past_")]
+    attentions = [n for n in parts.whole.module.graph.nodes if "attention" in str(n.target)]
+    with_past = [] if append is None else [n for n in append.module.graph.nodes if "attention" in str(n.target)]
+    for node in attentions:
+        if "history" in str(node.target):
+            assert len(node.args) == 4 or node.args[4] is None
+        else:
+            assert len(node.args[3]) == len(node.args[4]) == len(node.args[5])
+            assert len(node.args[3]) <= (2 if variant.startswith("group_wise") else 1)
+    assert not with_past or any(len(n.args) > 6 and n.args[4] is not None for n in with_past)
+
+
+def test_a_past_that_another_op_reads_cannot_be_dropped():
+    class Adds(nn.Module):
+        def forward(self, x, past):
+            return (x + past.sum(),)
+
+    specs = [TensorSpec(name=name, dtype="float32", dims=("U", "L"), scope="user") for name in ("x", "past_k0")]
+    program = capture(Adds(), (torch.ones(2, 3), torch.ones(2, 3)), specs, {"U": (1, 8), "L": (1, 8)}, ["y"])
+    with pytest.raises(ExportError, match="past_k0 is read by sum_1, which is no attention"):
+        drop_past(program, ["past_k0"])
 
 
 def test_the_split_scores_as_the_model_does(captured):

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from onetrans.export.capture import Program, capture
+from onetrans.export.capture import capture
 from onetrans.export.config import ExportConfig
+from onetrans.export.passes.drop_past import drop_past
 from onetrans.export.probe import probe_split
+from onetrans.export.program import Program
 from onetrans.export.split import Split
 from onetrans.features.encode import TensorSpec, input_specs
 from onetrans.features.schema import Feature
@@ -19,7 +21,7 @@ SIZES = {"U": 2, "C": 3, "L": 5}
 
 
 def capture_model(model: OneTrans, config: ExportConfig) -> tuple[Program, Program | None]:
-    """Captures the forward with an empty state and, where appending can be exact, with a non-empty one."""
+    """The forward with an empty state and, where appending can be exact, with a non-empty one; captured once."""
     c = model.config
     specs = {spec.name: spec for spec in input_specs(c.schema)}
     bounds = {**request_bounds(config), "L": (1, c.window_bounds[0])}
@@ -27,9 +29,8 @@ def capture_model(model: OneTrans, config: ExportConfig) -> tuple[Program, Progr
     user = {name: value for name, value in inputs.items() if specs[name].scope == "user"}
     candidate = {name: value for name, value in inputs.items() if specs[name].scope == "candidate"}
     order = [specs[name] for name in (*user, *candidate)]
-    whole = capture(model, (user, candidate, None), order, bounds, c.tasks)
     if c.merge != "time" or c.append_chunk == 1:
-        return whole, None
+        return capture(model, (user, candidate, None), order, bounds, c.tasks), None
     past, past_specs = [], []
     for layer in range(c.layers):
         width = f"W{layer}"
@@ -42,7 +43,8 @@ def capture_model(model: OneTrans, config: ExportConfig) -> tuple[Program, Progr
             )
             for kind in ("k", "v")
         ]
-    return whole, capture(model, (user, candidate, past), [*order, *past_specs], bounds, c.tasks)
+    append = capture(model, (user, candidate, past), [*order, *past_specs], bounds, c.tasks)
+    return drop_past(append, [spec.name for spec in past_specs]), append
 
 
 def random_inputs(config: ModelConfig, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
@@ -74,37 +76,8 @@ def request_bounds(config: ExportConfig) -> dict[str, tuple[int, int]]:
     return {"U": (1, config.max_users), "C": (1, config.max_candidates)}
 
 
-def bounds_of(program: Program, model: ModelConfig, config: ExportConfig) -> dict[str, tuple[int, int]]:
-    """Least and greatest size of every symbolic dimension of a graph's inputs."""
-    known = request_bounds(config)
-    bounds = {}
-    for spec in program.inputs:
-        for dim in spec.dims:
-            if isinstance(dim, str):
-                bounds[dim] = known.get(dim) or (1, window_capacity(dim, model))
-    return bounds
-
-
-def window_capacity(dim: str, model: ModelConfig) -> int:
-    """Most tokens of a symbolic window size: `L`, `W2` or `min(L, 79)`."""
-    if dim == "L":
-        return model.window_bounds[0]
-    if dim.startswith("W"):
-        return model.window_bounds[int(dim[1:])]
-    return min(int(number) for number in dim.removeprefix("min(").rstrip(")").split(", ") if number != "L")
-
-
-def past_examples(program: Program, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Example keys and values of the past, where the program takes any."""
-    return {
-        spec.name: torch.randn(2, 7 + int(str(spec.dims[1])[1:]), model.heads, model.head_dim)
-        for spec in program.inputs
-        if spec.name.startswith("past_")
-    }
-
-
-def probe_examples(config: ModelConfig, parts: Split) -> dict[str, torch.Tensor]:
-    """Probes a split (see `probe_split`) and returns example values of every input of its graphs."""
+def probe(config: ModelConfig, parts: Split) -> None:
+    """Probes a split with two requests that differ everywhere (see `probe_split`)."""
     by_scope: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
     scope = {spec.name: spec.scope for spec in parts.whole.inputs}
     for seed in (0, 1):
@@ -117,7 +90,3 @@ def probe_examples(config: ModelConfig, parts: Split) -> dict[str, torch.Tensor]
         )
     (user_a, candidates_a), (user_b, candidates_b) = by_scope
     probe_split(parts, user_a, user_b, candidates_a, candidates_b)
-    examples = {**user_a, **candidates_a}
-    with torch.inference_mode():
-        state = parts.prefill.module(*(examples[spec.name] for spec in parts.prefill.inputs))
-    return {**examples, **{name: value.clone() for name, value in zip(parts.prefill.outputs, state, strict=True)}}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onetrans.export.config import ExportConfig
 from onetrans.export.gold import build_cases
-from onetrans.export.inputs import capture_model, probe_examples
+from onetrans.export.inputs import capture_model, probe
 from onetrans.export.split import extract, split
 from onetrans.export.verify import CaseResult, check, read_cases, verify
 from onetrans.export.writer import make_manifest, write_gold, write_graphs, write_manifest
@@ -59,11 +59,11 @@ def export(
         if append is not None:
             programs["append"] = extract(append, parts.prefill.outputs)
         stages.begin("probe")
-        examples = probe_examples(model.config, parts)
+        probe(model.config, parts)
         stages.begin("gold")
         cases = build_cases(model, max_candidates=config.max_candidates, max_users=config.max_users, seed=config.seed)
         stages.begin("lower")
-        graphs = write_graphs(programs, parts.report, model.config, config, examples, folder)
+        graphs = write_graphs(programs, parts.report, model.config, folder)
         stages.begin("write")
         write_gold(cases, folder)
         manifest = make_manifest(model, config, graphs, parts.report, cases, folder)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from onetrans.errors import ExportError
-from onetrans.export.capture import Program
+from onetrans.export.program import Program
 from onetrans.export.scope import analyse, state_name
 from onetrans.export.split import Split, find_cut
 

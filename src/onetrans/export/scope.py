@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from onetrans.export.capture import Program
+from onetrans.export.program import Program
 
 NodeScope = Literal["constant", "user", "candidate"]
 ORDER: tuple[NodeScope, ...] = ("constant", "user", "candidate")

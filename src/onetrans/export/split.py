@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from onetrans.errors import ExportError
-from onetrans.export.capture import Program
 from onetrans.export.passes.constant_folding import fold_constants
 from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.passes.partial_product import split_partial_products
+from onetrans.export.program import Program
 from onetrans.export.scope import HeldBack, NodeScope, analyse, held_back, is_size, state_name
 from onetrans.export.subgraph import subgraph, tensor_spec
 from onetrans.features.encode import TensorSpec

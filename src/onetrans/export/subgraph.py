@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from onetrans.errors import ExportError
-from onetrans.export.capture import Program
+from onetrans.export.program import Program
 from onetrans.export.scope import is_size
 from onetrans.features.encode import TensorSpec
 
@@ -70,7 +70,9 @@ def subgraph(
             copies[node] = graph.node_copy(node, copy)
             copies[node].meta = dict(node.meta)
     graph.output(tuple(copy(node) for node in wanted))
-    return Program(module=fx.GraphModule(program.module, graph), inputs=tuple(inputs), outputs=outputs)
+    return Program(
+        module=fx.GraphModule(program.module, graph), inputs=tuple(inputs), outputs=outputs, ranges=program.ranges
+    )
 
 
 def tensor_spec(program: Program, node: fx.Node, name: str) -> TensorSpec:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file as save_tensors
 
 from onetrans import __version__
-from onetrans.export.capture import Program
 from onetrans.export.config import DTYPES, ExportConfig
-from onetrans.export.inputs import bounds_of, past_examples, request_bounds
+from onetrans.export.inputs import request_bounds
+from onetrans.export.program import Program
 from onetrans.export.split import SplitReport
 from onetrans.export.targets.onnx.target import external_weights, lower, serialise
 from onetrans.export.verify import StoredCase
@@ -38,8 +37,6 @@ def write_graphs(
     programs: Mapping[str, Program],
     report: SplitReport,
     model: ModelConfig,
-    config: ExportConfig,
-    examples: Mapping[str, torch.Tensor],
     folder: Path,
 ) -> dict[str, Graph]:
     """Lowers every program and writes the graphs and the one weights file they share."""
@@ -52,9 +49,7 @@ def write_graphs(
     for name, program in programs.items():
         began = time.perf_counter()
         outputs = tuple(float_specs[o] if name == "decode" else cut[o] for o in program.outputs)
-        bounds = bounds_of(program, model, config)
-        values = {**examples, **past_examples(program, model)}
-        models[name] = lower(program, values, bounds, outputs, name)
+        models[name] = lower(program, outputs, name)
         specs[name] = program.inputs, outputs
         nodes = sum(1 for _ in models[name].graph.all_nodes())
         log.info("lower %s: %d nodes, %.0f ms", name, nodes, 1e3 * (time.perf_counter() - began))

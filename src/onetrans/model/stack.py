@@ -245,14 +245,15 @@ class Stack(nn.Module):
             The user-scope and the candidate-scope NS-tokens after the last layer, shapes as they came.
         """
         windows = layer_windows(self.config, start_U, length_U)
-        lengths_UN = torch.stack([window.past_length + window.new_length for window in windows], dim=1)
+        past_UN = state_value(torch.stack([window.past_length for window in windows], dim=1), "past_lengths")
+        lengths_UN = past_UN + torch.stack([window.new_length for window in windows], dim=1)
         lengths_UN = state_value(lengths_UN, "lengths")
         first = 0 if user_PUD is None else user_PUD.shape[0]
         user_length_U = state_value(torch.full_like(start_U, first), "user_length")
         for index, (block, window) in enumerate(zip(self.blocks, windows, strict=True)):
             assert isinstance(block, Block)
-            layer_past = None if past is None else past[index]
-            args = (block, s_UND, user_PUD, candidate_PBD, window, lengths_UN[:, index], user_length_U, layer_past)
+            before = None if past is None else Segment(*past[index], past_UN[:, index])
+            args = (block, s_UND, user_PUD, candidate_PBD, window, lengths_UN[:, index], user_length_U, before)
             if self.recompute and self.training:
                 s_UND, user_PUD, candidate_PBD = checkpoint(self._layer, *args, use_reentrant=False)
             else:
@@ -268,16 +269,14 @@ class Stack(nn.Module):
         window: LayerWindow,
         window_length_U: torch.Tensor,
         user_length_U: torch.Tensor,
-        past: tuple[torch.Tensor, torch.Tensor] | None,
+        past: Segment | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         k, v = block.history_keys(s_UND)
         if past is None:
-            before, segments = None, [Segment(k, v, window_length_U)]
+            segments = [Segment(k, v, window_length_U)]
         else:
-            past_length_U = (window_length_U - window.new_length).clamp(min=0)
-            before = Segment(past[0], past[1], past_length_U)
-            segments = [before, Segment(k, v, window_length_U - past_length_U)]
-        s_UND = block.history(s_UND, k, v, window, before)
+            segments = [past, Segment(k, v, window_length_U - past.length)]
+        s_UND = block.history(s_UND, k, v, window, past)
         first = 0
         if user_PUD is not None:
             first = user_PUD.shape[0]

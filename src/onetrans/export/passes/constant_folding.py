@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import fx
 
-from onetrans.export.capture import Program
 from onetrans.export.passes.dead_code import remove_dead_code
+from onetrans.export.program import Program
 from onetrans.export.scope import analyse, is_size
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import fx
 
-from onetrans.export.capture import Program
+from onetrans.export.program import Program
 
 
 def remove_dead_code(program: Program) -> tuple[Program, tuple[str, ...]]:

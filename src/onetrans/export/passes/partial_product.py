@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from onetrans.export.capture import Program
+from onetrans.export.program import Program
 from onetrans.export.scope import NodeScope, analyse
 
 aten = torch.ops.aten

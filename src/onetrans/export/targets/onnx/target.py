@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from onnxscript import ir
-from torch.export import Dim
 
 from onetrans.errors import ExportError
-from onetrans.export.capture import Program
+from onetrans.export.program import Program, to_exported
 from onetrans.export.targets.onnx.candidate_attention import candidate_attention
 from onetrans.export.targets.onnx.history_attention import history_attention
 from onetrans.export.targets.onnx.mixed_ffn import mixed_ffn
@@ -32,34 +31,22 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
 }
 
 
-def lower(
-    program: Program,
-    examples: Mapping[str, torch.Tensor],
-    bounds: Mapping[str, tuple[int, int]],
-    outputs: Sequence[TensorSpec],
-    name: str,
-) -> ir.Model:
+def lower(program: Program, outputs: Sequence[TensorSpec], name: str) -> ir.Model:
     """The program as an ONNX model; weights are still inside.
 
     Args:
         program: A prefill, append or decode graph.
-        examples: Example inputs by name, symbolic sizes at least 2.
-        bounds: Least and greatest size of every symbolic dimension of the inputs.
         outputs: One per output; their names and symbolic shapes become the graph's.
         name: Of the graph.
 
     Raises:
         ExportError: An op has no lowering, or the exporter fails.
     """
-    dims = {dim: Dim(re.sub(r"\W+", "_", dim).strip("_"), min=low, max=high) for dim, (low, high) in bounds.items()}
-    shapes = tuple({i: dims[d] for i, d in enumerate(spec.dims) if isinstance(d, str)} for spec in program.inputs)
-    arguments = tuple(examples[spec.name] for spec in program.inputs)
     table = {getattr(torch.ops.onetrans, op).default: lowering for op, lowering in LOWERINGS.items()}
     try:
         with _quiet():
-            exported = torch.export.export(program.module, arguments, dynamic_shapes=shapes, strict=False)
             made = torch.onnx.export(
-                exported,
+                to_exported(program),
                 dynamo=True,
                 opset_version=OPSET,
                 custom_translation_table=table,
@@ -75,24 +62,11 @@ def lower(
     assert made is not None
     model: ir.Model = made.model
     model.graph.name = name
-    symbols = _symbols(exported, program.inputs)
-    _clean(model, symbols)
+    _clean(model, {str(symbol): dim for symbol, dim in program.symbols().items()})
     _rename(model.graph.inputs, program.inputs)
     _rename(model.graph.outputs, outputs)
     model.producer_name, model.producer_version = "onetrans-export", ""
     return model
-
-
-def _symbols(exported: torch.export.ExportedProgram, specs: Sequence[TensorSpec]) -> dict[str, str]:
-    """The exporter's names of symbolic sizes, such as s27, to the specs'."""
-    names: dict[str, str] = {}
-    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
-    user = set(exported.graph_signature.user_inputs)
-    for node, spec in zip([n for n in placeholders if n.name in user], specs, strict=True):
-        for size, dim in zip(node.meta["val"].shape, spec.dims, strict=True):
-            if isinstance(size, torch.SymInt):
-                names.setdefault(str(size.node.expr), str(dim))
-    return names
 
 
 def _clean(model: ir.Model, symbols: Mapping[str, str]) -> None:
