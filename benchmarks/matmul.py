@@ -18,6 +18,7 @@ from benchmarks.reckoning import decode_pointwise_bytes, floor_seconds, prefill_
 from onetrans.bench.stats import median, median_ratio
 from onetrans.features.random_requests import random_request
 from onetrans.model.config import ModelConfig
+from onetrans.runtime.backends.base import StatePool
 from onetrans.runtime.ranker import Ranker
 
 CANDIDATES = 100
@@ -28,18 +29,27 @@ PREFILL_TARGET = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A ranker with one full request encoded: inputs of both scopes, the state, and its windows' true lengths."""
+    """A ranker with one full request encoded: inputs of both scopes, a slot for its state, its windows' lengths."""
 
     ranker: Ranker
     config: ModelConfig
     user: dict[str, Any]
     candidate: dict[str, Any]
-    state: Any
+    pool: StatePool
     lengths: list[int]
+
+    def prefill(self) -> None:
+        """Computes the state."""
+        self.ranker.backend.prefill(self.pool, [0], self.user)
+
+    def decode(self) -> dict[str, Any]:
+        """Scores the candidates."""
+        counts = np.array([next(iter(self.candidate.values())).shape[1]])
+        return self.ranker.backend.decode(self.pool, [0], {**self.user, **self.candidate}, counts)
 
     def graph_flops(self, name: str) -> int:
         """Operations of the products of a graph of the bundle, as it runs on this request."""
-        values = {**self.ranker.backend.state_arrays(self.state), **self.user, **self.candidate}
+        values = {**self.pool.read(0), **self.user, **self.candidate}
         graph = self.ranker.bundle.manifest.graphs[name]
         return graph_flops(self.ranker.bundle, name, {spec.name: values[spec.name] for spec in graph.inputs})
 
@@ -52,9 +62,9 @@ def prepare(context: Context, preset: str, *, candidates: int = CANDIDATES) -> P
     rng = np.random.default_rng(SEED)
     request = random_request(manifest.schema, events=config.max_history, candidates=candidates, rng=rng)
     user, candidate = ranker.encode_user(request.history, request.profile), ranker.encode_candidates(request.candidates)
-    state = ranker.backend.prefill(user)
-    lengths = [int(n) for n in ranker.backend.state_arrays(state)["lengths"][0]]
-    return Prepared(ranker, config, user, candidate, state, lengths)
+    pool = ranker.backend.allocate(1)
+    ranker.backend.prefill(pool, [0], user)
+    return Prepared(ranker, config, user, candidate, pool, pool.lengths(0).tolist())
 
 
 def decode_vs_matmul(context: Context) -> Measured:
@@ -66,7 +76,7 @@ def decode_vs_matmul(context: Context) -> Measured:
     prediction = 1 + between / floor
     context.progress(f"predicted: floor {1e3 * floor:.0f} ms, ratio {prediction:.2f}, target {DECODE_TARGET}")
     runs = {
-        "decode": lambda: p.ranker.backend.decode(p.state, p.candidate),
+        "decode": p.decode,
         "matmul": Floor(products, threads=context.threads).run,
     }
     seconds = in_turn(runs, rounds=context.rounds(ROUNDS))
@@ -102,7 +112,7 @@ def prefill_vs_matmul(context: Context) -> Measured:
         f" {PREFILL_TARGET}; visible pairs alone {1e3 * floors['visible']:.0f} ms, ratio {predictions['visible']:.2f}"
     )
     runs = {
-        "prefill": lambda: p.ranker.backend.prefill(p.user),
+        "prefill": p.prefill,
         "windows": Floor(whole, threads=context.threads).run,
         "visible": Floor(visible, threads=context.threads).run,
     }

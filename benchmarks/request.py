@@ -38,13 +38,14 @@ def request_vs_unsplit(context: Context) -> Measured:
     context.progress(f"predicted: ratio {prediction:.0f} to one forward per candidate, target {TARGET:.0f}")
     one = {name: value[:, :1] for name, value in p.candidate.items()}
     whole = _whole_session(context)
-    logits = p.ranker.backend.decode(p.ranker.backend.prefill(p.user), p.candidate)
+    p.prefill()
+    logits = p.decode()
     _agree("ONNX Runtime, unsplit", _run(whole, {**p.user, **p.candidate}), logits)
     with context.server("benchmarks.unsplit", ["eager"]) as ask:
         by_torch = json.loads(ask(json.dumps(_eager_job(context, {**p.user, **one}))))
         _agree("eager PyTorch", {task: np.array([value]) for task, value in by_torch.items()}, logits)
         runs = {
-            "request": lambda: p.ranker.backend.decode(p.ranker.backend.prefill(p.user), p.candidate),
+            "request": lambda: (p.prefill(), p.decode()),
             "unsplit_1": lambda: _run(whole, {**p.user, **one}),
             "unsplit_100": lambda: _run(whole, {**p.user, **p.candidate}),
             "eager_1": lambda: ask("forward"),

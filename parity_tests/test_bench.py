@@ -247,8 +247,9 @@ def test_graphs_do_the_floors_operations_and_no_more(ranker: Ranker, events: int
     config = ModelConfig.from_json(manifest.model)
     request = request_of(manifest.schema, events=events, candidates=candidates)
     user, candidate = ranker.encode_user(request.history, request.profile), ranker.encode_candidates(request.candidates)
-    state = ranker.backend.prefill(user)
-    values = {**ranker.backend.state_arrays(state), **user, **candidate}
+    pool = ranker.backend.allocate(1)
+    ranker.backend.prefill(pool, [0], user)
+    values = {**pool.read(0), **user, **candidate}
     lengths = values["lengths"][0].tolist()
     assert lengths == [events] * config.layers
 

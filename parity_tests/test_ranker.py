@@ -23,7 +23,7 @@ from onetrans.features.requests import Request
 from onetrans.features.windows import can_append, window_starts
 from onetrans.model.onetrans import OneTrans
 from onetrans.runtime import Ranker, Scores
-from onetrans.runtime.backends.base import State
+from onetrans.runtime.backends.base import StatePool
 from parity_tests.conftest import as_rows, request_of
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 500)
@@ -110,16 +110,24 @@ def start_of(ranker: Ranker, events: int) -> int:
     return window_starts(events, max_history=w.max_history, keep=w.keep, chunk=w.append_chunk)[0]
 
 
-def prefilled(ranker: Ranker, request: Request, events: int) -> State:
-    return ranker.backend.prefill(window(ranker, request, start_of(ranker, events), events))
+def prefilled(ranker: Ranker, request: Request, events: int) -> StatePool:
+    """A pool whose one slot holds the state of the first `events` events."""
+    pool = ranker.backend.allocate(1)
+    ranker.backend.prefill(pool, [0], window(ranker, request, start_of(ranker, events), events))
+    return pool
 
 
-def grown(ranker: Ranker, request: Request, steps: list[int]) -> State:
+def grown(ranker: Ranker, request: Request, steps: list[int]) -> StatePool:
     """The state of steps[0] events, with the events up to each further step appended."""
-    state = prefilled(ranker, request, steps[0])
+    pool = prefilled(ranker, request, steps[0])
     for before, after in itertools.pairwise(steps):
-        state = ranker.backend.append(state, window(ranker, request, before, after))
-    return state
+        ranker.backend.append(pool, [0], window(ranker, request, before, after))
+    return pool
+
+
+def decode(ranker: Ranker, pool: StatePool, candidates: Arrays) -> Arrays:
+    users, count = next(iter(candidates.values())).shape[:2]
+    return ranker.backend.decode(pool, range(users), candidates, np.full(users, count))
 
 
 APPENDS = ([64, 127], [64, 65, 66, 100, 127], [1, 2], [1, 63], [128, 191], [192, 193, 255], [500, 511], [7, 7])
@@ -133,8 +141,7 @@ def test_an_appended_state_is_the_prefilled_one(ranker: Ranker, steps: list[int]
     assert steps[0] == steps[-1] or can_append(steps[0], steps[-1], **rule)
     request = make(ranker, steps[-1], 50, seed=steps[-1])
     fresh, appended = prefilled(ranker, request, steps[-1]), grown(ranker, request, steps)
-    assert appended.length.tolist() == fresh.length.tolist() == [steps[-1]]
-    expected, found = ranker.backend.state_arrays(fresh), ranker.backend.state_arrays(appended)
+    expected, found = fresh.read(0), appended.read(0)
     assert found.keys() == expected.keys()
     lengths = expected["lengths"]
     errors = {}
@@ -152,16 +159,23 @@ def test_an_appended_state_is_the_prefilled_one(ranker: Ranker, steps: list[int]
     assert max(errors.values()) <= 1e-6, errors
     assert {"lengths", "k0", "v0"} <= {*exact, *(name for name, error in errors.items() if error <= 2e-7)}
     candidates = ranker.encode_candidates(request.candidates)
-    assert relative(ranker.backend.decode(appended, candidates), ranker.backend.decode(fresh, candidates)) <= 2e-6
+    assert relative(decode(ranker, appended, candidates), decode(ranker, fresh, candidates)) <= 2e-6
 
 
-def test_appending_leaves_the_old_state_as_it_was(ranker: Ranker) -> None:
+def test_a_failed_append_leaves_the_state_as_it_was(ranker: Ranker) -> None:
+    """The second of two users brings an id that no embedding has, in the last group that is computed."""
     request = make(ranker, 127, 9)
-    state = prefilled(ranker, request, 64)
-    before = ranker.backend.state_arrays(state)
-    ranker.backend.append(state, window(ranker, request, 64, 127))
-    after = ranker.backend.state_arrays(state)
-    assert all(np.array_equal(before[name], after[name]) for name in before)
+    pool = ranker.backend.allocate(2)
+    first = window(ranker, request, start_of(ranker, 64), 64)
+    ranker.backend.prefill(pool, [0, 1], {name: np.repeat(value, 2, axis=0) for name, value in first.items()})
+    before = [pool.read(slot) for slot in (0, 1)]
+    new = {n: np.repeat(v, 2, axis=0) for n, v in window(ranker, request, 64, 127).items()}
+    new["history_length"][1] = 3
+    new["event_item_id"][1] = 10**9
+    with pytest.raises(Exception, match="out of"):
+        ranker.backend.append(pool, [0, 1], new)
+    after = [pool.read(slot) for slot in (0, 1)]
+    assert all(np.array_equal(a[name], b[name]) for a, b in zip(before, after, strict=True) for name in a)
 
 
 @pytest.mark.parametrize("events", [0, 1, 64, 65, 193])
@@ -218,7 +232,9 @@ def test_a_batch_of_users_gives_what_each_gets_alone(ranker: Ranker) -> None:
         if name.startswith("event_"):
             columns = [np.pad(column, ((0, 0), (0, widest - column.shape[1]))) for column in columns]
         user_batch[name] = np.concatenate(columns)
-    together = ranker.backend.decode(ranker.backend.prefill(user_batch), batch)
+    pool = ranker.backend.allocate(len(requests))
+    ranker.backend.prefill(pool, range(len(requests)), user_batch)
+    together = decode(ranker, pool, batch)
     for index, request in enumerate(requests):
         alone = score(ranker, request).logits
         assert relative({task: logits[index] for task, logits in together.items()}, alone) <= 2e-6, lengths[index]
@@ -236,12 +252,15 @@ def test_what_stands_in_the_padding_does_not_matter(ranker: Ranker) -> None:
         if name.startswith("event_"):
             clean[name] = np.pad(column, ((0, 0), (0, 12)))
             dirty[name] = np.pad(column, ((0, 0), (0, 12)), constant_values=1e6 if column.dtype == np.float32 else 1)
-    prefilled = ranker.backend.prefill(clean), ranker.backend.prefill(dirty)
-    a, b = (ranker.backend.decode(state, candidates) for state in prefilled)
+    pools = [ranker.backend.allocate(1) for _ in range(2)]
+    for pool, inputs in zip(pools, (clean, dirty), strict=True):
+        ranker.backend.prefill(pool, [0], inputs)
+    a, b = (decode(ranker, pool, candidates) for pool in pools)
     assert all(np.array_equal(a[task], b[task]) for task in a)
     new = window(ranker, make(ranker, 77, 1, seed=5), 65, 77)
-    appended = [ranker.backend.append(state, new) for state in prefilled]
-    a, b = (ranker.backend.decode(state, candidates) for state in appended)
+    for pool in pools:
+        ranker.backend.append(pool, [0], new)
+    a, b = (decode(ranker, pool, candidates) for pool in pools)
     assert all(np.array_equal(a[task], b[task]) for task in a)
     assert relative(score(ranker, request).logits, {task: v[0] for task, v in b.items()}) > 1e-4
 

@@ -41,6 +41,10 @@ class JobError(OneTransError):
     exit_status = 1
 
 
+class StateError(JobError):
+    """The state cache contradicts itself; a defect of this package."""
+
+
 class ExportError(JobError):
     """A graph could not be captured, split or lowered."""
 

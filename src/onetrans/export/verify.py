@@ -173,14 +173,16 @@ def check(results: Sequence[CaseResult]) -> None:
 def _run(backend: Backend, case: StoredCase) -> Arrays:
     candidate = {name: value for name, value in case.inputs.items() if name.startswith("candidate_")}
     user = {name: value for name, value in case.inputs.items() if name not in candidate}
-    if not case.before:
-        return dict(backend.decode(backend.prefill(user), candidate))
-    state = backend.prefill(case.before)
-    held = case.before["history_start"] + case.before["history_length"]
-    offset = int((held - case.inputs["history_start"])[0])
-    new = {name: value[:, offset:] if name.startswith("event_") else value for name, value in user.items()}
-    new |= {"history_start": held, "history_length": case.inputs["history_length"] - offset}
-    return dict(backend.decode(backend.append(state, new), candidate))
+    U, C = next(iter(candidate.values())).shape[:2]
+    slots, pool = range(U), backend.allocate(U)
+    backend.prefill(pool, slots, case.before or user)
+    if case.before:
+        held = case.before["history_start"] + case.before["history_length"]
+        offset = int((held - case.inputs["history_start"])[0])
+        new = {name: value[:, offset:] if name.startswith("event_") else value for name, value in user.items()}
+        new |= {"history_start": held, "history_length": case.inputs["history_length"] - offset}
+        backend.append(pool, slots, new)
+    return backend.decode(pool, slots, {**user, **candidate}, np.full(U, C))
 
 
 def _largest(logits: Mapping[str, NDArray[Any]], gold: Mapping[str, NDArray[Any]]) -> float:

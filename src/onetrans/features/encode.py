@@ -115,14 +115,14 @@ def encode_users(schema: FeatureSchema, profiles: Sequence[Mapping[str, Any]], *
 
 
 def encode_candidates(
-    schema: FeatureSchema, candidates: Sequence[CandidatesLike], *, where: str = "candidates"
+    schema: FeatureSchema, candidates: Sequence[CandidatesLike], *, labels: Sequence[str] | None = None
 ) -> tuple[Columns, NDArray[np.int64]]:
     """Candidate inputs of a batch.
 
     Args:
         schema: Declares the candidate features.
         candidates: Per user, a mapping of columns or a sequence of mappings; at least one candidate each.
-        where: Stands first in errors.
+        labels: Per user, what stands first in errors; by default `candidates of user 0` and so on.
 
     Returns:
         `candidate_<feature>` [U, C] or [U, C, width], and the number of candidates of each user, int64 [U].
@@ -130,9 +130,10 @@ def encode_candidates(
     Raises:
         DataError: A user has no candidate, or a name, kind, bound or length is wrong.
     """
-    parsed = [parse_candidates(schema, given, where=f"{where} of user {user}") for user, given in enumerate(candidates)]
+    labels = labels or [f"candidates of user {user}" for user in range(len(candidates))]
+    parsed = [parse_candidates(schema, given, where=label) for given, label in zip(candidates, labels, strict=True)]
     if not parsed:
-        raise DataError(f"{where}: the batch has no user; give at least one")
+        raise DataError("candidates: the batch has no user; give at least one")
     first = schema.candidate[0].name
     counts = np.array([len(columns[first]) for columns in parsed], dtype=np.int64)
     begin = np.cumsum(counts) - counts

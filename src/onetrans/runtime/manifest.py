@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from onetrans.errors import BundleError, ConfigError
 from onetrans.features.encode import TensorSpec
 from onetrans.features.schema import FeatureSchema
+from onetrans.features.windows import can_append, window_starts
 
 FORMAT = "onetrans-bundle"
 SCHEMA_VERSION = 1
@@ -37,12 +39,17 @@ class StateTensor:
     capacity: int
 
     @property
+    def shape_per_user(self) -> tuple[int, ...]:
+        """The shape that a user takes at most, without the axis of users."""
+        dims = self.spec.dims[1:]
+        return tuple(
+            self.capacity if axis == 0 and self.window is not None else int(dim) for axis, dim in enumerate(dims)
+        )
+
+    @property
     def bytes_per_user(self) -> int:
         """Bytes that a user takes at most."""
-        count = 1
-        for axis, dim in enumerate(self.spec.dims[1:], start=1):
-            count *= self.capacity if axis == 1 and self.window is not None else int(dim)
-        return count * DTYPE_BYTES[self.spec.dtype]
+        return math.prod(self.shape_per_user) * DTYPE_BYTES[self.spec.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,14 @@ class Windows:
     max_history: int
     keep: tuple[int, ...]
     append_chunk: int
+
+    def starts(self, tokens: int) -> tuple[int, ...]:
+        """First token of each layer's window in a history of so many tokens [layers]."""
+        return window_starts(tokens, max_history=self.max_history, keep=self.keep, chunk=self.append_chunk)[:-1]
+
+    def can_append(self, old: int, new: int) -> bool:
+        """Whether a state of `old` tokens can grow to `new` exactly."""
+        return can_append(old, new, max_history=self.max_history, keep=self.keep, chunk=self.append_chunk)
 
 
 @dataclass(frozen=True, kw_only=True)

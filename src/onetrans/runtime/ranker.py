@@ -1,106 +1,209 @@
-"""The Ranker: a request in, scores out."""
+"""The Ranker: requests in, scores out, with the states of returning users kept."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from onetrans.errors import DataError
-from onetrans.features.encode import CandidatesLike, encode_candidates, encode_tokens, encode_users
-from onetrans.features.merge import History, Merge, merge_tokens, parse_history
-from onetrans.features.windows import window_starts
+from onetrans.errors import BundleError, DataError, StateError
+from onetrans.features.encode import CandidatesLike
+from onetrans.features.merge import History
+from onetrans.features.requests import Request
 from onetrans.runtime.backends.base import Backend
 from onetrans.runtime.backends.registry import open_backend
 from onetrans.runtime.bundle import Bundle
+from onetrans.runtime.cache.config import CacheConfig
+from onetrans.runtime.cache.lookup import Held, Policy
+from onetrans.runtime.cache.state_cache import Key, StateCache
+from onetrans.runtime.metrics import Metrics
+from onetrans.runtime.ranking import Inputs, Loaded, Pass, Scores
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one request's candidates, in the order they were given.
-
-    Attributes:
-        logits: Per task, float32 [C].
-        seconds: Time spent per component: `encode`, `prefill`, `decode`.
-    """
-
-    logits: Mapping[str, NDArray[np.float32]]
-    seconds: Mapping[str, float]
-
-    def probabilities(self) -> dict[str, NDArray[np.float32]]:
-        """Per task, float32 [C]; cvr is conditional on a click."""
-        return {task: (1 / (1 + np.exp(-z.astype(np.float64)))).astype(np.float32) for task, z in self.logits.items()}
-
-    def ranking(self, task: str | None = None) -> NDArray[np.int64]:
-        """Candidate indices, best first by a task's logit (the first task by default); ties keep the order given."""
-        logits = self.logits[task or next(iter(self.logits))]
-        return np.argsort(-logits, kind="stable")
+__all__ = ["Ranker", "Scores"]
 
 
 class Ranker:
-    """Scores candidates with a bundle."""
+    """Scores candidates with a bundle; keeps users' states if given memory for them. Safe to call from many threads."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle = bundle
-        self.backend = backend
-        self._schema = bundle.manifest.schema
-        self._merge = cast(Merge, bundle.manifest.merge)
+    def __init__(
+        self, bundle: Bundle, backend: Backend, config: CacheConfig | None = None, metrics: Metrics | None = None
+    ) -> None:
+        """Allocates the states' memory.
+
+        Raises:
+            ConfigError: The memory does not hold two users.
+        """
+        self.config = config or CacheConfig()
+        self.metrics = metrics
+        slots, working = self.config.slots(bundle.manifest.bytes_per_user)
+        self.cache = StateCache(slots, working=working, ttl=self.config.ttl)
+        self.pool = backend.allocate(slots)
+        self._loaded = self._load(bundle, backend)
+        self._threads: int | None = None
+        every = self.config.drift_every
+        self._drift_turns = itertools.cycle([*[False] * (every - 1), True])
+        if metrics is not None:
+            metrics.watch(self)
 
     @classmethod
-    def open(cls, path: str | Path, *, threads: int | None = None) -> Ranker:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        cache: CacheConfig | None = None,
+        metrics: Metrics | None = None,
+    ) -> Ranker:
         """Opens a bundle for ranking.
 
         Args:
             path: The bundle.
             threads: Of the backend; its own choice if left out.
+            cache: Memory for users' states and what to do with it; without, every request is prefilled.
+            metrics: Where to count and time; nowhere if left out.
 
         Raises:
             BundleError: The bundle cannot be opened.
+            ConfigError: The memory does not hold two users.
             MissingDependencyError: The backend's package is not installed.
         """
         bundle = Bundle.open(path)
-        return cls(bundle, open_backend(bundle, threads=threads))
+        ranker = cls(bundle, open_backend(bundle, threads=threads), cache, metrics)
+        ranker._threads = threads
+        return ranker
 
-    def rank(self, *, history: History, profile: Mapping[str, Any], candidates: CandidatesLike) -> Scores:
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle in use."""
+        return self._loaded.bundle
+
+    @property
+    def backend(self) -> Backend:
+        """The backend in use."""
+        return self._loaded.backend
+
+    @property
+    def caches(self) -> bool:
+        """Whether states of returning users are kept."""
+        return self.cache.capacity > 0
+
+    def rank(
+        self, *, history: History, profile: Mapping[str, Any], candidates: CandidatesLike, user: str = ""
+    ) -> Scores:
         """Scores one user's candidates.
 
         Args:
             history: The user's events, all of them since the first: mappings, or a mapping of columns.
             profile: User features, the request's context among them.
             candidates: From one to the bundle's most.
+            user: Whose state to use and to keep; nothing is kept if left out.
 
         Raises:
             DataError: A value is missing, of the wrong kind or out of bounds.
         """
-        began = time.perf_counter()
-        user = self.encode_user(history, profile)
-        candidate = self.encode_candidates(candidates)
-        encoded = time.perf_counter()
-        state = self.backend.prefill(user)
-        filled = time.perf_counter()
-        logits = self.backend.decode(state, candidate)
-        done = time.perf_counter()
-        seconds = {"encode": encoded - began, "prefill": filled - encoded, "decode": done - filled}
-        return Scores({task: value[0] for task, value in logits.items()}, seconds)
+        request = Request(history=history, profile=profile, candidates=candidates, user=user)
+        return self._rank([request], [""])[0]
 
-    def encode_user(self, history: History, profile: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    def rank_batch(self, requests: Sequence[Request]) -> list[Scores]:
+        """Scores several users' candidates in one pass (or in several of `config.working` users).
+
+        Args:
+            requests: Of different users, or of users without a name, whose states are not kept.
+
+        Raises:
+            DataError: A user stands twice, or a value is missing, of the wrong kind or out of bounds; nothing was
+                ranked and the cache is untouched.
+        """
+        seen: dict[str, int] = {}
+        for index, request in enumerate(requests):
+            if request.user and seen.setdefault(request.user, index) != index:
+                raise DataError(
+                    f"user {request.user!r} stands in requests {seen[request.user]} and {index} of one batch; a batch"
+                    " takes one request of each user: join their candidates, or rank them one after another"
+                )
+        return self._rank(requests, [f"request {index}: " for index in range(len(requests))])
+
+    def reload(self, path: str | Path) -> None:
+        """Goes over to another version of the model, as after a retraining; requests under way end with the old one.
+
+        States of the old version are forgotten: a state fits the weights that made it.
+
+        Raises:
+            BundleError: The bundle cannot be opened, or its states have another layout or precision; the version in use
+                and its states stay.
+        """
+        bundle = Bundle.open(path)
+        now, new = self.bundle.manifest, bundle.manifest
+        for name in ("target", "precision", "state", "windows"):
+            if getattr(now, name) != getattr(new, name):
+                shown = f" ({getattr(new, name)}, not {getattr(now, name)})" if name in ("target", "precision") else ""
+                raise BundleError(
+                    f"{path} cannot take the place of {self.bundle.path}: its {name} differs{shown}; open a Ranker of"
+                    " its own for it"
+                )
+        self._loaded = loaded = self._load(bundle, open_backend(bundle, threads=self._threads))
+        self.cache.clear(keep=lambda key: key[0] == loaded.version)
+
+    def invalidate(self, user: str) -> bool:
+        """Forgets a user's state, after the request under way; whether there was one."""
+        return self.cache.invalidate((self._loaded.version, user))
+
+    def check_integrity(self) -> None:
+        """Checks slots, budget, and that each idle state has the windows that its token count asks for.
+
+        Raises:
+            StateError: Something is wrong; a defect of this package.
+        """
+        self.cache.check_integrity()
+        windows = self.bundle.manifest.windows
+
+        def check(key: Key, held: Held) -> None:
+            expected = [held.tokens - start for start in windows.starts(held.tokens)]
+            found = self.pool.lengths(held.slot).tolist()
+            if found != expected:
+                raise StateError(
+                    f"the state of user {key[1]!r} has windows of {found} tokens, where {held.tokens} events give"
+                    f" {expected}"
+                )
+
+        self.cache.visit(check)
+
+    def encode_user(self, history: History, profile: Mapping[str, Any]) -> Inputs:
         """The user-scope inputs of one user [1, …], with the window that a prefill sees."""
-        manifest = self.bundle.manifest
-        tokens = merge_tokens(self._schema, parse_history(self._schema, history), self._merge)
-        w = manifest.windows
-        total = len(tokens["behaviour"])
-        start = window_starts(total, max_history=w.max_history, keep=w.keep, chunk=w.append_chunk)[0]
-        return {**encode_tokens(self._schema, [tokens], [start]), **encode_users(self._schema, [profile])}
+        one = self._loaded.encode(Request(history=history, profile=profile, candidates={}), "")
+        return {**self._loaded.events([one], [self._loaded.start(one)]), **one.profile}
 
-    def encode_candidates(self, candidates: CandidatesLike) -> dict[str, NDArray[Any]]:
+    def encode_candidates(self, candidates: CandidatesLike) -> Inputs:
         """The candidate-scope inputs of one user [1, C, …]."""
-        inputs, counts = encode_candidates(self._schema, [candidates])
-        most = self.bundle.manifest.bounds["C"][1]
-        if counts[0] > most:
-            raise DataError(f"{counts[0]} candidates were given; this bundle takes 1 to {most}: score them in parts")
-        return inputs
+        return self._loaded.candidates([candidates], [""])[0]
+
+    def _load(self, bundle: Bundle, backend: Backend) -> Loaded:
+        policy = Policy(
+            windows=bundle.manifest.windows,
+            appends="append" in bundle.manifest.graphs,
+            reuse=self.config.reuse,
+            stale_crossings=self.config.stale_crossings,
+        )
+        version = hashlib.sha256(bundle.manifest.dumps().encode()).hexdigest()[:16]
+        return Loaded(bundle, backend, version, policy)
+
+    def _rank(self, requests: Sequence[Request], places: Sequence[str]) -> list[Scores]:
+        began = time.perf_counter()
+        loaded = self._loaded
+        encoded = [loaded.encode(r, where, keep=self.caches) for r, where in zip(requests, places, strict=True)]
+        size = self.cache.working
+        parts = [slice(first, first + size) for first in range(0, len(requests), size)]
+        candidates = [loaded.candidates([r.candidates for r in requests[part]], places[part]) for part in parts]
+        seconds = {"encode": time.perf_counter() - began}
+        scores: list[list[Scores]] = []
+        for part, (inputs, counts) in zip(parts, candidates, strict=True):
+            turn = partial(next, self._drift_turns)
+            rank = Pass(loaded, self.cache, self.pool, encoded[part], inputs, counts, turn, dict(seconds))
+            scores.append(rank.run())
+        if self.metrics is not None:
+            self.metrics.observe(scores)
+        return list(itertools.chain.from_iterable(scores))

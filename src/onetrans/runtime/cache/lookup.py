@@ -1,0 +1,124 @@
+"""What a cached state is good for: reuse, append, prefill, or, only where asked for, stale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from onetrans.runtime.cache.fingerprint import RunningHash
+from onetrans.runtime.manifest import Windows
+
+Kind = Literal["reuse", "append", "prefill", "stale"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Reuse = Literal["exact", "stale"]
+STALE_CROSSINGS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a slot holds.
+
+    Attributes:
+        slot: Where.
+        tokens: S-tokens since the start of the history.
+        events: Running hash of those tokens.
+        context: Hash of the profile and context of the last request.
+        stored: When it was computed, on the cache's clock, seconds.
+        crossings: Anchors that the state was carried across without a prefill; 0 where it is exact.
+    """
+
+    slot: int
+    tokens: int
+    events: bytes
+    context: bytes
+    stored: float = 0.0
+    crossings: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a bundle and its user allow.
+
+    Attributes:
+        windows: The bundle's.
+        appends: Whether the bundle has an append graph; an intent-ordered merge never has one.
+        reuse: `exact`, or `stale` to carry a state across anchors.
+        stale_crossings: Anchors that a state is carried across before it is prefilled again.
+    """
+
+    windows: Windows
+    appends: bool
+    reuse: Reuse = "exact"
+    stale_crossings: int = STALE_CROSSINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lookup:
+    """What to do for a request.
+
+    Attributes:
+        kind: The result.
+        held: The state found; None for a prefill.
+        fresh: Events that the state lacks.
+        recompute: Whether anything is to be computed before decode: new events, or another profile or context.
+        drop: Per layer, tokens that leave the left end of the window; all 0 unless stale.
+        crossings: Of the state after the request.
+        events: Running hash of the request's whole history.
+        tokens: Its S-tokens.
+    """
+
+    kind: Kind
+    held: Held | None
+    fresh: int
+    recompute: bool
+    drop: tuple[int, ...]
+    crossings: int
+    events: bytes
+    tokens: int
+
+
+def look_up(policy: Policy, held: Held | None, history: RunningHash, context: bytes) -> Lookup:
+    """Decides what a request does with the state that its user has.
+
+    The state serves if the tokens that it was computed from are the first ones of the request's history, decided by
+    their hash. It is exact as long as no layer's keys start elsewhere (`onetrans.features.windows`). Another profile or
+    context leaves the windows valid: what depends on it is made anew by an append of no events.
+    """
+    layers = len(policy.windows.keep)
+    prefix, whole = history.digests(min(held.tokens, history.tokens) if held else 0)
+    prefill = Lookup(
+        kind="prefill",
+        held=None,
+        fresh=history.tokens,
+        recompute=True,
+        drop=(0,) * layers,
+        crossings=0,
+        events=whole,
+        tokens=history.tokens,
+    )
+    if held is None or held.tokens > history.tokens or held.events != prefix:
+        return prefill
+    fresh = history.tokens - held.tokens
+    recompute = fresh > 0 or held.context != context
+    if recompute and not (policy.appends and held.tokens):
+        return prefill
+    exact = fresh == 0 or policy.windows.can_append(held.tokens, history.tokens)
+    chunk = policy.windows.append_chunk
+    crossed = 0 if exact else history.tokens // chunk - held.tokens // chunk
+    crossings = held.crossings + crossed
+    if crossings and (policy.reuse != "stale" or crossings > policy.stale_crossings):
+        return prefill
+    before, after = (policy.windows.starts(n) for n in (held.tokens, history.tokens))
+    if crossed and any(start >= held.tokens for start in after):  # a layer would keep nothing
+        return prefill
+    return Lookup(
+        kind="stale" if crossings else "append" if fresh else "reuse",
+        held=held,
+        fresh=fresh,
+        recompute=recompute,
+        drop=tuple(b - a for a, b in zip(before, after, strict=True)),
+        crossings=crossings,
+        events=whole,
+        tokens=history.tokens,
+    )

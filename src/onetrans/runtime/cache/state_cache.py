@@ -1,0 +1,214 @@
+"""Who holds which slot: keyed by model version and user, least recently used out first, in-use ones pinned.
+
+Deals in slot numbers alone; what is in the slots is the backend's and the Ranker's affair. So the sizing model replays
+requests against this very class without a backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from onetrans.errors import ConfigError, StateError
+from onetrans.runtime.cache.lookup import Held
+
+Key = tuple[str, str]  # model version, user
+
+
+class StateCache:
+    """A fixed number of slots, of which some are kept free for states being computed.
+
+    A user's requests run one after another, those of different users side by side. A prefill goes into a slot of its
+    own and takes the place of the user's old state once it has succeeded, so a failure leaves the cache as it was.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        *,
+        working: int,
+        ttl: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Makes an empty cache.
+
+        Args:
+            slots: In all.
+            working: Of these, kept for states being computed; at least 1.
+            ttl: Seconds after which a state is no longer used, counted from when it was computed; None for no limit.
+            clock: Seconds.
+
+        Raises:
+            ConfigError: The numbers leave nothing to work with.
+        """
+        if not 1 <= working <= slots:
+            raise ConfigError(f"working is {working}; of {slots} slots, 1 to {slots} can be kept for states at work")
+        if ttl is not None and not ttl > 0:
+            raise ConfigError(f"ttl is {ttl}; give seconds above 0, or none for no limit")
+        self.slots, self.working, self.capacity = slots, working, slots - working
+        self.ttl, self.clock = ttl, clock
+        self.counts: Counter[str] = Counter()  # evicted, expired, invalidated, turned_away
+        self._entries: OrderedDict[Key, Held] = OrderedDict()
+        self._free = list(reversed(range(slots)))
+        self._leased: set[int] = set()
+        self._busy: set[Key] = set()
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @contextmanager
+    def use(self, keys: Sequence[Key]) -> Iterator[Lease]:
+        """Has these users' states for oneself until the end of the block; waits for whoever has one of them now.
+
+        All are taken at once, so two callers never wait for each other.
+        """
+        wanted = set(keys)
+        with self._changed:
+            self._changed.wait_for(lambda: not wanted & self._busy)
+            self._busy |= wanted
+        lease = Lease(self, wanted)
+        try:
+            yield lease
+        finally:
+            with self._changed:
+                self._busy -= wanted
+                self._leased -= lease.slots
+                self._free.extend(lease.slots)
+                self._changed.notify_all()
+
+    def invalidate(self, key: Key) -> bool:
+        """Forgets a user's state, after the request that uses it now; whether there was one."""
+        with self.use([key]):
+            return self._forget(key, "invalidated")
+
+    def clear(self, keep: Callable[[Key], bool] = lambda key: False) -> int:
+        """Forgets every state that no request uses now and that is not to be kept; how many."""
+        with self._changed:
+            idle = [key for key in self._entries if key not in self._busy and not keep(key)]
+            return sum(self._forget(key, "invalidated") for key in idle)
+
+    def expire(self) -> int:
+        """Forgets every state past its time that no request uses now; how many. A lookup does so for its own."""
+        with self._changed:
+            idle = [key for key, held in self._entries.items() if key not in self._busy and self._expired(held)]
+            return sum(self._forget(key, "expired") for key in idle)
+
+    def held(self) -> dict[Key, Held]:
+        """What is cached now, least recently used first."""
+        with self._changed:
+            return dict(self._entries)
+
+    def visit(self, check: Callable[[Key, Held], None]) -> None:
+        """Calls `check` with every state that no request uses now; they stand still meanwhile."""
+        with self._changed:
+            for key, held in self._entries.items():
+                if key not in self._busy:
+                    check(key, held)
+
+    def check_integrity(self) -> None:
+        """Checks that every slot is free, cached or at work, and is so once; may be called at any moment.
+
+        Raises:
+            StateError: It is not so.
+        """
+        with self._changed:
+            cached = [held.slot for held in self._entries.values()]
+            everywhere = sorted([*cached, *self._free, *self._leased])
+            if everywhere != list(range(self.slots)):
+                raise StateError(
+                    f"the state cache is broken: {len(cached)} cached, {len(self._free)} free and {len(self._leased)}"
+                    f" working slots are not the {self.slots} there are, each once"
+                )
+            if len(cached) > self.capacity or len(self._leased) > self.working:
+                raise StateError(
+                    f"the state cache is broken: {len(cached)} states are cached where {self.capacity} fit, and"
+                    f" {len(self._leased)} slots at work where {self.working} are kept"
+                )
+
+    def _expired(self, held: Held) -> bool:
+        return self.ttl is not None and self.clock() - held.stored > self.ttl
+
+    def _forget(self, key: Key, why: str) -> bool:
+        with self._changed:
+            held = self._entries.pop(key, None)
+            if held is None:
+                return False
+            self._free.append(held.slot)
+            self.counts[why] += 1
+            return True
+
+    def _look(self, key: Key) -> Held | None:
+        with self._changed:
+            held = self._entries.get(key)
+            if held is None:
+                return None
+            if self._expired(held):
+                self._forget(key, "expired")
+                return None
+            self._entries.move_to_end(key)
+            return held
+
+    def _take(self, count: int) -> list[int]:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._leased) + count <= self.working)
+            taken = [self._free.pop() for _ in range(count)]
+            self._leased.update(taken)
+            return taken
+
+    def _commit(self, key: Key, held: Held) -> bool:
+        with self._changed:
+            old = self._entries.get(key)
+            if old is None and len(self._entries) >= self.capacity:
+                victim = next((k for k in self._entries if k not in self._busy), None)
+                if victim is None:
+                    self.counts["turned_away"] += 1
+                    return False
+                self._forget(victim, "evicted")
+            if old is not None and old.slot != held.slot:
+                self._free.append(old.slot)
+            self._entries[key] = held
+            self._entries.move_to_end(key)
+            self._leased.discard(held.slot)
+            self._changed.notify_all()
+            return True
+
+
+class Lease:
+    """The states of some users, and slots to compute in, for the time of one call."""
+
+    def __init__(self, cache: StateCache, keys: set[Key]) -> None:
+        self._cache = cache
+        self._keys = keys
+        self.slots: set[int] = set()
+
+    def look(self, key: Key) -> Held | None:
+        """The user's state, unless its time is over; it becomes the most recently used."""
+        assert key in self._keys
+        return self._cache._look(key)
+
+    def take(self, count: int) -> list[int]:
+        """Slots to compute in, all at once and only once per lease; waits for those who have them now.
+
+        They are given back at the end of the lease, unless committed.
+        """
+        assert not self.slots, "a second call could wait for another caller's second call"
+        taken = self._cache._take(count) if count else []
+        self.slots.update(taken)
+        return taken
+
+    def commit(self, key: Key, held: Held) -> bool:
+        """Makes what a slot holds the user's state, in the place of an older one or of the least recently used.
+
+        Returns:
+            False where every cached state is in use; the slot is then given back at the end of the lease.
+        """
+        assert key in self._keys
+        kept = self._cache._commit(key, dataclasses.replace(held, stored=self._cache.clock()))
+        if kept:
+            self.slots.discard(held.slot)
+        return kept
