@@ -19,6 +19,7 @@ from onetrans.runtime.backends.registry import open_backend
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.cache.lookup import Held, Policy
+from onetrans.runtime.cache.spill import SpillFile
 from onetrans.runtime.cache.state_cache import Key, StateCache
 from onetrans.runtime.metrics import Metrics
 from onetrans.runtime.ranking import Inputs, Loaded, Pass, Scores
@@ -40,7 +41,11 @@ class Ranker:
         self.config = config or CacheConfig()
         self.metrics = metrics
         slots, working = self.config.slots(bundle.manifest.bytes_per_user)
-        self.cache = StateCache(slots, working=working, ttl=self.config.ttl)
+        self.cache = StateCache(slots, working=working, ttl=self.config.ttl, spills=self.config.spill is not None)
+        self.spill: SpillFile | None = None
+        if self.config.spill is not None:
+            c = self.config
+            self.spill = SpillFile(bundle.manifest, self.config.spill, c.spill_memory, c.spill_precision)
         self.pool = backend.allocate(slots)
         self._loaded = self._load(bundle, backend)
         self._threads: int | None = None
@@ -147,10 +152,14 @@ class Ranker:
                 )
         self._loaded = loaded = self._load(bundle, open_backend(bundle, threads=self._threads))
         self.cache.clear(keep=lambda key: key[0] == loaded.version)
+        if self.spill is not None:
+            self.spill.clear()
 
     def invalidate(self, user: str) -> bool:
         """Forgets a user's state, after the request under way; whether there was one."""
-        return self.cache.invalidate((self._loaded.version, user))
+        key = (self._loaded.version, user)
+        spilled = self.spill is not None and self.spill.forget(key)
+        return self.cache.invalidate(key) or spilled
 
     def check_integrity(self) -> None:
         """Checks slots, budget, and that each idle state has the windows that its token count asks for.
@@ -202,7 +211,7 @@ class Ranker:
         scores: list[list[Scores]] = []
         for part, (inputs, counts) in zip(parts, candidates, strict=True):
             turn = partial(next, self._drift_turns)
-            rank = Pass(loaded, self.cache, self.pool, encoded[part], inputs, counts, turn, dict(seconds))
+            rank = Pass(loaded, self.cache, self.pool, self.spill, encoded[part], inputs, counts, turn, dict(seconds))
             scores.append(rank.run())
         if self.metrics is not None:
             self.metrics.observe(scores)

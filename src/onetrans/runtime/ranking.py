@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from onetrans.runtime.backends.base import Backend, StatePool
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.fingerprint import RunningHash, context_digest
 from onetrans.runtime.cache.lookup import Held, Kind, Lookup, Policy, look_up
+from onetrans.runtime.cache.spill import SpillFile
 from onetrans.runtime.cache.state_cache import Key, Lease, StateCache
 
 Inputs = dict[str, NDArray[Any]]
@@ -30,7 +32,8 @@ class Scores:
 
     Attributes:
         logits: Per task, float32 [C].
-        seconds: Time spent per component, as far as it ran: `encode`, `prefill`, `append`, `decode`. Of a request that
+        seconds: Time spent per component, as far as it ran: `encode`, `load`, `prefill`, `append`, `decode`,
+            `drift`, `spill`. Of a request that
             was ranked together with others, what they took together.
         result: What the cache did: `reuse`, `append`, `prefill` or `stale`.
         fresh: Events computed for this request.
@@ -130,6 +133,7 @@ class Pass:
         loaded: The model.
         cache: Slots.
         pool: What is in them.
+        spill: Takes and gives back states that do not fit the pool; None for none.
         encoded: One per user.
         candidates: Inputs [U, C, …].
         counts: Candidates of each user [U].
@@ -142,6 +146,7 @@ class Pass:
         loaded: Loaded,
         cache: StateCache,
         pool: StatePool,
+        spill: SpillFile | None,
         encoded: Sequence[Encoded],
         candidates: Inputs,
         counts: NDArray[np.int64],
@@ -151,6 +156,7 @@ class Pass:
         self.loaded = loaded
         self.cache = cache
         self.pool = pool
+        self.spill = spill
         self.encoded = encoded
         self.candidates = candidates
         self.counts = counts
@@ -162,13 +168,17 @@ class Pass:
         everyone = range(len(self.encoded))
         with self.cache.use([one.key for one in self.encoded if one.key is not None]) as lease:
             found = [self._look_up(lease, one) for one in self.encoded]
-            checked = {u for u in everyone if found[u].kind == "stale" and self.measures_drift()}
+            loaded = [u for u in everyone if found[u].spilled]
             moved = [u for u in everyone if any(found[u].drop)]
-            needing = [u for u in everyone if found[u].held is None or u in moved or u in checked]
+            checked = [u for u in everyone if found[u].kind == "stale" and u not in loaded and self.measures_drift()]
+            needing = [u for u in everyone if found[u].held is None or u in {*loaded, *moved, *checked}]
             spare = dict(zip(needing, lease.take(len(needing)), strict=True))
-            slots = [spare[u] if found[u].held is None or u in moved else _held(found[u]).slot for u in everyone]
-            self._compute("prefill", [u for u in everyone if found[u].held is None], found, slots)
-            self._commit(lease, [u for u in everyone if found[u].held is None], found, slots)
+            for user in loaded:
+                found[user] = self._load(lease, user, found[user], spare[user])
+            fresh = [u for u in everyone if found[u].held is None]
+            slots = [spare[u] if u in {*fresh, *moved} else _held(found[u]).slot for u in everyone]
+            self._compute("prefill", fresh, found, slots)
+            self._commit(lease, fresh, found, slots)
             for user in moved:
                 self.pool.copy(_held(found[user]).slot, slots[user], found[user].drop)
             renewed = [u for u in everyone if found[u].held is not None and found[u].recompute]
@@ -177,6 +187,7 @@ class Pass:
             self._commit(lease, [u for u in renewed if not (u in checked and u in moved)], found, slots)
             logits = self._decode("decode", list(everyone), slots)
             drift = {u: self._drift(lease, u, found[u], spare[u], logits) for u in checked}
+            self._spill(lease)
         return [
             Scores(
                 logits={task: value[user, :count] for task, value in logits.items()},
@@ -189,8 +200,37 @@ class Pass:
         ]
 
     def _look_up(self, lease: Lease, one: Encoded) -> Lookup:
+        policy, spill = self.loaded.policy, self.spill
         held = None if one.key is None else lease.look(one.key)
-        return look_up(self.loaded.policy, held, one.history, one.context)
+        if held is None and one.key is not None and spill is not None:
+            spilled = spill.look(one.key)
+            spilled = None if spilled is None or self.cache.expired(spilled) else spilled
+            found = look_up(policy, spilled, one.history, one.context)
+            if found.held is not None and not any(found.drop):  # across an anchor a spilled state is not carried
+                return dataclasses.replace(found, spilled=True)
+            spill.forget(one.key)
+        return look_up(policy, held, one.history, one.context)
+
+    def _load(self, lease: Lease, user: int, look: Lookup, slot: int) -> Lookup:
+        """Brings a spilled state into a slot; a prefill where the disk failed."""
+        one, held = self.encoded[user], _held(look)
+        assert one.key is not None
+        assert self.spill is not None
+        with self._timed("load"):
+            state = self.spill.take(one.key)
+            if state is None:
+                return look_up(self.loaded.policy, None, one.history, one.context)
+            self.pool.write(slot, state)
+        held = dataclasses.replace(held, slot=slot)
+        lease.commit(one.key, held, computed=False)
+        return dataclasses.replace(look, held=held)
+
+    def _spill(self, lease: Lease) -> None:
+        """Saves what this pass drove out of the memory, after the scores are known."""
+        if self.spill is not None and lease.evicted:
+            with self._timed("spill"):
+                for key, held in lease.evicted:
+                    self.spill.put(key, held, self.pool.read(held.slot))
 
     def _compute(self, graph: str, users: list[int], found: Sequence[Lookup], slots: Sequence[int]) -> None:
         if not users:

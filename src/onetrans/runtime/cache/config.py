@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 from onetrans.errors import ConfigError
 from onetrans.runtime.cache.lookup import STALE_CROSSINGS, Reuse
+from onetrans.runtime.cache.spill import SpillPrecision
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 WORKING = 8
@@ -26,6 +28,9 @@ class CacheConfig:
             scores; the drift is measured.
         stale_crossings: Anchors that a stale state is carried across at most.
         drift_every: Of the stale requests every so many is prefilled as well, to measure the drift; that state stays.
+        spill: Folder on the disk that takes states which must leave the memory; None for none.
+        spill_memory: Bytes there.
+        spill_precision: `same`, or `float16` for half the bytes and rounded states.
     """
 
     state_memory: int = 0
@@ -34,6 +39,9 @@ class CacheConfig:
     reuse: Reuse = "exact"
     stale_crossings: int = STALE_CROSSINGS
     drift_every: int = 100
+    spill: Path | None = None
+    spill_memory: int = 0
+    spill_precision: SpillPrecision = "same"
 
     def __post_init__(self) -> None:
         if self.reuse not in get_args(Reuse):
@@ -41,6 +49,10 @@ class CacheConfig:
         for name, least in (("state_memory", 0), ("working", 1), ("stale_crossings", 1), ("drift_every", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if (self.spill is None) != (self.spill_memory == 0):
+            raise ConfigError("spill names a folder and spill_memory bytes; give both or neither")
+        if self.spill is not None and not self.state_memory:
+            raise ConfigError("states are spilled from the state memory; give state_memory as well")
 
     def slots(self, bytes_per_user: int) -> tuple[int, int]:
         """Slots in all, and those kept for states being computed.

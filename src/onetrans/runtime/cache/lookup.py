@@ -66,6 +66,7 @@ class Lookup:
         crossings: Of the state after the request.
         events: Running hash of the request's whole history.
         tokens: Its S-tokens.
+        spilled: Whether the state must be loaded from the spill file first.
     """
 
     kind: Kind
@@ -76,6 +77,7 @@ class Lookup:
     crossings: int
     events: bytes
     tokens: int
+    spilled: bool = False
 
 
 def look_up(policy: Policy, held: Held | None, history: RunningHash, context: bytes) -> Lookup:

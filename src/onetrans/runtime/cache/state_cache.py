@@ -33,6 +33,7 @@ class StateCache:
         working: int,
         ttl: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        spills: bool = False,
     ) -> None:
         """Makes an empty cache.
 
@@ -41,6 +42,8 @@ class StateCache:
             working: Of these, kept for states being computed; at least 1.
             ttl: Seconds after which a state is no longer used, counted from when it was computed; None for no limit.
             clock: Seconds.
+            spills: Whether the slot of a state that must go stays with the lease that drove it out, in `Lease.evicted`,
+                so that its content can be saved.
 
         Raises:
             ConfigError: The numbers leave nothing to work with.
@@ -50,7 +53,7 @@ class StateCache:
         if ttl is not None and not ttl > 0:
             raise ConfigError(f"ttl is {ttl}; give seconds above 0, or none for no limit")
         self.slots, self.working, self.capacity = slots, working, slots - working
-        self.ttl, self.clock = ttl, clock
+        self.ttl, self.clock, self.spills = ttl, clock, spills
         self.counts: Counter[str] = Counter()  # evicted, expired, invalidated, turned_away
         self._entries: OrderedDict[Key, Held] = OrderedDict()
         self._free = list(reversed(range(slots)))
@@ -95,7 +98,7 @@ class StateCache:
     def expire(self) -> int:
         """Forgets every state past its time that no request uses now; how many. A lookup does so for its own."""
         with self._changed:
-            idle = [key for key, held in self._entries.items() if key not in self._busy and self._expired(held)]
+            idle = [key for key, held in self._entries.items() if key not in self._busy and self.expired(held)]
             return sum(self._forget(key, "expired") for key in idle)
 
     def held(self) -> dict[Key, Held]:
@@ -130,7 +133,8 @@ class StateCache:
                     f" {len(self._leased)} slots at work where {self.working} are kept"
                 )
 
-    def _expired(self, held: Held) -> bool:
+    def expired(self, held: Held) -> bool:
+        """Whether a state's time is over."""
         return self.ttl is not None and self.clock() - held.stored > self.ttl
 
     def _forget(self, key: Key, why: str) -> bool:
@@ -147,7 +151,7 @@ class StateCache:
             held = self._entries.get(key)
             if held is None:
                 return None
-            if self._expired(held):
+            if self.expired(held):
                 self._forget(key, "expired")
                 return None
             self._entries.move_to_end(key)
@@ -160,7 +164,7 @@ class StateCache:
             self._leased.update(taken)
             return taken
 
-    def _commit(self, key: Key, held: Held) -> bool:
+    def _commit(self, lease: Lease, key: Key, held: Held) -> bool:
         with self._changed:
             old = self._entries.get(key)
             if old is None and len(self._entries) >= self.capacity:
@@ -168,12 +172,19 @@ class StateCache:
                 if victim is None:
                     self.counts["turned_away"] += 1
                     return False
-                self._forget(victim, "evicted")
+                if self.spills:
+                    lease.evicted.append((victim, self._entries.pop(victim)))
+                    self.counts["evicted"] += 1
+                else:
+                    self._forget(victim, "evicted")
             if old is not None and old.slot != held.slot:
                 self._free.append(old.slot)
             self._entries[key] = held
             self._entries.move_to_end(key)
             self._leased.discard(held.slot)
+            lease.slots.discard(held.slot)
+            lease.slots.update(gone.slot for _, gone in lease.evicted)
+            self._leased.update(gone.slot for _, gone in lease.evicted)
             self._changed.notify_all()
             return True
 
@@ -185,6 +196,7 @@ class Lease:
         self._cache = cache
         self._keys = keys
         self.slots: set[int] = set()
+        self.evicted: list[tuple[Key, Held]] = []
 
     def look(self, key: Key) -> Held | None:
         """The user's state, unless its time is over; it becomes the most recently used."""
@@ -201,14 +213,18 @@ class Lease:
         self.slots.update(taken)
         return taken
 
-    def commit(self, key: Key, held: Held) -> bool:
+    def commit(self, key: Key, held: Held, *, computed: bool = True) -> bool:
         """Makes what a slot holds the user's state, in the place of an older one or of the least recently used.
+
+        Args:
+            key: The user.
+            held: What the slot holds.
+            computed: Whether it was computed now; else it keeps its age.
 
         Returns:
             False where every cached state is in use; the slot is then given back at the end of the lease.
         """
         assert key in self._keys
-        kept = self._cache._commit(key, dataclasses.replace(held, stored=self._cache.clock()))
-        if kept:
-            self.slots.discard(held.slot)
-        return kept
+        if computed:
+            held = dataclasses.replace(held, stored=self._cache.clock())
+        return self._cache._commit(self, key, held)
