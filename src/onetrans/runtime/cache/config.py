@@ -77,7 +77,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: Not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS:
         raise ConfigError(f"{text!r} is not a size; give a number with B, KB, MB, GB, KiB, MiB, GiB or TiB, as 4GiB")
     return int(float(match[1]) * UNITS[match[2].upper()])

@@ -1,0 +1,169 @@
+"""What the tests of the state cache share: users with long histories, the reference, and a backend that is watched."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from onetrans.export.gold import run_model
+from onetrans.export.verify import FACTOR, FLOOR_ULP, ULP
+from onetrans.features.encode import encode_candidates, encode_tokens, encode_users
+from onetrans.features.merge import Merge, merge_tokens, parse_history
+from onetrans.features.requests import Request
+from onetrans.features.schema import FeatureSchema
+from onetrans.features.windows import window_starts
+from onetrans.model.onetrans import OneTrans
+from onetrans.runtime import Ranker, Scores
+from onetrans.runtime.backends.base import Backend
+from onetrans.runtime.backends.host_pool import HostPool
+from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from onetrans.runtime.bundle import Bundle
+from onetrans.runtime.cache.config import CacheConfig
+from onetrans.runtime.cache.lookup import Held
+from onetrans.runtime.cache.state_cache import Key
+from onetrans.runtime.metrics import Metrics
+from parity_tests.conftest import rehash, request_of
+
+Logits = Mapping[str, np.ndarray]
+CALIBRATION = 100
+
+
+def cached(
+    bundle: Bundle, backend: Backend, *, slots: int, metrics: Metrics | None = None, **config: Any
+) -> tuple[Ranker, HostPool]:
+    """A Ranker with memory for so many states, and its slabs."""
+    memory = slots * bundle.manifest.bytes_per_user
+    ranker = Ranker(bundle, backend, CacheConfig(state_memory=memory, **config), metrics)
+    assert isinstance(ranker.pool, HostPool)
+    return ranker, ranker.pool
+
+
+def people(
+    schema: FeatureSchema, names: Iterable[str], *, events: int = 400, candidates: int = 3
+) -> dict[str, Request]:
+    """Users with their whole lives ahead of them: take `upto` of one."""
+    return {
+        name: dataclasses.replace(request_of(schema, events=events, candidates=candidates, seed=seed), user=name)
+        for seed, name in enumerate(names)
+    }
+
+
+def upto(request: Request, events: int, candidates: int | None = None) -> Request:
+    """The request as it was after so many events, with the first so many candidates."""
+    history, offered = (cast(Mapping[str, Any], part) for part in (request.history, request.candidates))
+    return dataclasses.replace(
+        request,
+        history={name: column[:events] for name, column in history.items()},
+        candidates={name: column[:candidates] for name, column in offered.items()},
+    )
+
+
+def rank(ranker: Ranker, request: Request) -> Scores:
+    return ranker.rank(
+        history=request.history, profile=request.profile, candidates=request.candidates, user=request.user
+    )
+
+
+def same_bits(a: Logits, b: Logits) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[task], b[task]) for task in a)
+
+
+def contents(ranker: Ranker) -> dict[Key, dict[str, np.ndarray]]:
+    """Every cached state, byte by byte: valid rows and all else that decode reads."""
+    return {key: ranker.pool.read(held.slot) for key, held in ranker.cache.held().items()}
+
+
+def same_contents(a: Mapping[Key, Logits], b: Mapping[Key, Logits]) -> bool:
+    return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+
+
+def held_of(ranker: Ranker, user: str) -> Held:
+    (found,) = [held for (_, name), held in ranker.cache.held().items() if name == user]
+    return found
+
+
+class Reference:
+    """The model in one pass over the whole history, with no cache and no split: in float64, and as it is.
+
+    A score may be FACTOR times further from float64 than the largest error of the plain float32 model, plus FLOOR_ULP
+    units in the last place of the request's largest logit: the formula of `onetrans.export.verify`. The error of the
+    plain model is taken over all requests so far, the first CALIBRATION of them random ones, since that of a single
+    logit is zero by luck now and then.
+    """
+
+    def __init__(self, model: OneTrans) -> None:
+        self.model, self.gold_model = model, copy.deepcopy(model).double()
+        self.error = self.worst = 0.0
+        for seed in range(CALIBRATION):
+            self.gold(request_of(model.config.schema, events=4 * seed, candidates=3, seed=1000 + seed))
+
+    def gold(self, request: Request) -> dict[str, np.ndarray]:
+        """Logits in float64 [C]; the plain model's error is taken along."""
+        config = self.model.config
+        tokens = merge_tokens(config.schema, parse_history(config.schema, request.history), cast(Merge, config.merge))
+        start = window_starts(
+            len(tokens["behaviour"]), max_history=config.max_history, keep=config.keep, chunk=config.append_chunk
+        )[0]
+        inputs = {
+            **encode_tokens(config.schema, [tokens], [start]),
+            **encode_users(config.schema, [request.profile]),
+            **encode_candidates(config.schema, [request.candidates])[0],
+        }
+        gold = {task: logits[0] for task, logits in run_model(self.gold_model, inputs).items()}
+        plain = {task: logits[0] for task, logits in run_model(self.model, inputs).items()}
+        self.error = max(self.error, difference(plain, gold))
+        return gold
+
+    def check(self, logits: Logits, gold: Logits) -> None:
+        largest = max(float(np.abs(value).max()) for value in gold.values())
+        bound = FACTOR * self.error + FLOOR_ULP * ULP["float32"] * largest
+        error = difference(logits, gold)
+        assert error <= bound, f"{error:.2e} from the reference where {bound:.2e} is allowed"
+        self.worst = max(self.worst, error)
+
+    def check_request(self, scores: Scores, request: Request) -> None:
+        self.check(scores.logits, self.gold(request))
+
+
+def difference(a: Logits, b: Logits) -> float:
+    """Of two requests' logits the largest, NaN where there is one."""
+    assert {task: value.shape for task, value in a.items()} == {task: value.shape for task, value in b.items()}
+    return float(np.max([np.abs(a[task] - b[task]).max() for task in a]))
+
+
+class Watched(OnnxRuntimeCpu):
+    """The backend, telling when a graph is about to run and when it has run but nothing was done with it yet."""
+
+    before: Callable[[str], None] = staticmethod(lambda graph: None)
+    after: Callable[[str], None] = staticmethod(lambda graph: None)
+
+    def _run(self, name: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        self.before(name)
+        made = super()._run(name, inputs, outputs)
+        self.after(name)
+        return made
+
+
+def retrained(bundle: Path, folder: Path) -> Path:
+    """The bundle with other weights: each number moved by a twentieth of itself or so."""
+    shutil.copytree(bundle, folder)
+    path = folder / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    end = 8 + int.from_bytes(content[:8], "little")
+    rng = np.random.default_rng(1)
+    for name, entry in json.loads(content[8:end]).items():
+        if name != "__metadata__" and entry["dtype"] == "F32":
+            first, last = (end + offset for offset in entry["data_offsets"])
+            weights = np.frombuffer(content[first:last], np.float32)
+            moved = weights * (1 + 0.05 * rng.standard_normal(weights.shape))
+            content[first:last] = moved.astype(np.float32).tobytes()
+    path.write_bytes(content)
+    rehash(folder)
+    return folder
