@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from onetrans.export.capture import capture
 from onetrans.export.config import ExportConfig
 from onetrans.export.inputs import capture_model, random_inputs
 from onetrans.export.passes.drop_past import drop_past
+from onetrans.export.passes.keep_rows import keep_rows
 from onetrans.export.probe import probe_split
 from onetrans.export.split import Split, extract, split
 from onetrans.features.encode import TensorSpec
@@ -172,6 +174,12 @@ def test_append_graph_grows_a_state_to_that_of_a_fresh_prefill(captured):
         fresh, cached = (dict(zip(parts.prefill.outputs, state, strict=True)) for state in run)
         inputs = {**after, **{f"past_{name}": value for name, value in cached.items()}}
         grown = dict(zip(graph.outputs, graph.module(*(inputs[s.name] for s in graph.inputs)), strict=True))
+        lean, gone = keep_rows(graph)
+        again = lean.module(*(inputs[s.name] for s in lean.inputs))
+    starts = (model.config.max_history, *model.config.keep[:-1])  # the top layer's queries are dead
+    assert len(gone) == sum(before != after for before, after in itertools.pairwise(starts))
+    assert not [n for n in lean.module.graph.nodes if "index_select" in n.name or n.target is torch.sym_min]
+    assert all(torch.equal(a, b) for a, b in zip(again, grown.values(), strict=True))
     for name, value in grown.items():
         expected = fresh[name]
         if name[0] in "kv":

@@ -13,6 +13,7 @@ from pathlib import Path
 from onetrans.export.config import ExportConfig
 from onetrans.export.gold import build_cases
 from onetrans.export.inputs import capture_model, probe
+from onetrans.export.passes.keep_rows import keep_rows
 from onetrans.export.split import extract, split
 from onetrans.export.verify import CaseResult, check, read_cases, verify
 from onetrans.export.writer import make_manifest, write_gold, write_graphs, write_manifest
@@ -57,7 +58,7 @@ def export(
         parts = split(whole)
         programs = {"prefill": parts.prefill, "decode": parts.decode}
         if append is not None:
-            programs["append"] = extract(append, parts.prefill.outputs)
+            programs["append"], _ = keep_rows(extract(append, parts.prefill.outputs))
         stages.begin("probe")
         probe(model.config, parts)
         stages.begin("gold")

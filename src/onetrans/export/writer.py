@@ -22,6 +22,7 @@ from onetrans.export.config import DTYPES, ExportConfig
 from onetrans.export.inputs import request_bounds
 from onetrans.export.program import Program
 from onetrans.export.split import SplitReport
+from onetrans.export.subgraph import tensor_spec
 from onetrans.export.targets.onnx.target import external_weights, lower, serialise
 from onetrans.export.verify import StoredCase
 from onetrans.features.encode import TensorSpec
@@ -49,6 +50,8 @@ def write_graphs(
     for name, program in programs.items():
         began = time.perf_counter()
         outputs = tuple(float_specs[o] if name == "decode" else cut[o] for o in program.outputs)
+        if name == "append":  # its windows hold the new tokens alone
+            outputs = tuple(tensor_spec(program, *of) for of in zip(program.results(), program.outputs, strict=True))
         models[name] = lower(program, outputs, name)
         specs[name] = program.inputs, outputs
         nodes = sum(1 for _ in models[name].graph.all_nodes())

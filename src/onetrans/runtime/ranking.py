@@ -32,9 +32,8 @@ class Scores:
 
     Attributes:
         logits: Per task, float32 [C].
-        seconds: Time spent per component, as far as it ran: `encode`, `load`, `prefill`, `append`, `decode`,
-            `drift`, `spill`. Of a request that
-            was ranked together with others, what they took together.
+        seconds: Time spent per component, as far as it ran: `encode`, `load`, `prefill`, `append`, `decode`, `drift`,
+            `spill`. Of a request that was ranked together with others, what they took together.
         result: What the cache did: `reuse`, `append`, `prefill` or `stale`.
         fresh: Events computed for this request.
         drift: Largest difference of a logit from that of a fresh prefill, where it was measured (stale requests).

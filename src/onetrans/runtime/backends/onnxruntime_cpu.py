@@ -80,10 +80,10 @@ class OnnxRuntimeCpu(Backend):
             part = _of_users(inputs, users)
             into = [slots[u] for u in users]
             if len(users) == 1:
-                self._run("prefill", part, pool.fresh(into[0], part["event_behaviour"].shape[1]))
+                self._run_into("prefill", part, pool.fresh(into[0], part["event_behaviour"].shape[1]))
             else:
                 nothing = np.zeros((len(users), len(self.manifest.windows.keep)), np.int64)
-                pool.store(into, self._run("prefill", part, {}), nothing)
+                pool.store(into, self._run("prefill", part), nothing)
 
     def append(self, pool: StatePool, slots: Sequence[int], inputs: Arrays) -> None:
         """See `Backend.append`."""
@@ -97,7 +97,7 @@ class OnnxRuntimeCpu(Backend):
             part = _of_users(inputs, users)
             into = [slots[u] for u in users]
             past = pool.gather([name.removeprefix("past_") for name in self._reads("append", "past_")], into)
-            grown = self._run("append", {**part, **{f"past_{name}": value for name, value in past.items()}}, {})
+            grown = self._run("append", {**part, **{f"past_{name}": value for name, value in past.items()}})
             made.append((into, grown, np.stack([pool.lengths(slot) for slot in into])))
         for into, grown, held in made:
             pool.store(into, grown, held)
@@ -121,7 +121,7 @@ class OnnxRuntimeCpu(Backend):
                 own = {n: np.repeat(v, 2, axis=1) if n.startswith("candidate_") else v for n, v in own.items()}
             into = [slots[u] for u in users]
             state = pool.gather([name for name in self._reads("decode") if name in pool.tensors], into)
-            made = self._run("decode", {**own, **state}, {})
+            made = self._run("decode", {**own, **state})
             for task, value in made.items():
                 logits[task][users, :most] = value[:, :most]
         return logits
@@ -130,25 +130,24 @@ class OnnxRuntimeCpu(Backend):
         """Inputs of a graph whose names begin so."""
         return [spec.name for spec in self.manifest.graphs[name].inputs if spec.name.startswith(prefix)]
 
-    def _run(self, name: str, inputs: Arrays, outputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Runs a graph; results go into `outputs` where it has their name, else into arrays of the engine's own."""
+    def _run(self, name: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Runs a graph; contiguous inputs are read where they are."""
+        graph = self.manifest.graphs[name]
+        values = self._sessions[name].run(None, {spec.name: inputs[spec.name] for spec in graph.inputs})
+        return {spec.name: value for spec, value in zip(graph.outputs, values, strict=True)}
+
+    def _run_into(self, name: str, inputs: Arrays, outputs: Arrays) -> None:
+        """Runs a graph that writes its results into `outputs`."""
         graph = self.manifest.graphs[name]
         binding = self._sessions[name].io_binding()
-        kept = []  # the engine reads these arrays by address
-        for spec in graph.inputs:
-            value = np.ascontiguousarray(inputs[spec.name])
-            kept.append(value)
+        kept = [np.ascontiguousarray(inputs[spec.name]) for spec in graph.inputs]  # read by address
+        for spec, value in zip(graph.inputs, kept, strict=True):
             binding.bind_input(spec.name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
         for spec in graph.outputs:
-            if spec.name in outputs:
-                value = outputs[spec.name]
-                assert value.flags.c_contiguous
-                binding.bind_output(spec.name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-            else:
-                binding.bind_output(spec.name)
+            value = outputs[spec.name]
+            assert value.flags.c_contiguous
+            binding.bind_output(spec.name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
         self._sessions[name].run_with_iobinding(binding)
-        values = binding.get_outputs()
-        return {spec.name: value.numpy() for spec, value in zip(graph.outputs, values, strict=True)}
 
 
 def alike(sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
-from onetrans.runtime.cache.fingerprint import RunningHash
 from onetrans.runtime.manifest import Windows
 
 Kind = Literal["reuse", "append", "prefill", "stale"]
@@ -13,6 +12,17 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Reuse = Literal["exact", "stale"]
 STALE_CROSSINGS = 4
+
+
+class HistoryHash(Protocol):
+    """A history as the lookup needs it: `onetrans.runtime.cache.fingerprint.RunningHash`, or one that is simulated."""
+
+    @property
+    def tokens(self) -> int:
+        """Its S-tokens."""
+
+    def digests(self, count: int) -> tuple[bytes, bytes]:
+        """Of the first `count` tokens, and of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +90,7 @@ class Lookup:
     spilled: bool = False
 
 
-def look_up(policy: Policy, held: Held | None, history: RunningHash, context: bytes) -> Lookup:
+def look_up(policy: Policy, held: Held | None, history: HistoryHash, context: bytes) -> Lookup:
     """Decides what a request does with the state that its user has.
 
     The state serves if the tokens that it was computed from are the first ones of the request's history, decided by

@@ -68,5 +68,5 @@ def keys_transposed(key: Value, H: int, E: int) -> Value:
 
     ONNX Runtime takes the second into the product; one transposition to [U, H, E, W] it would carry out, slowly.
     """
-    by_head = op.Reshape(heads_first(key), shape(size(key, 0), H, -1, E))
+    by_head = op.Reshape(heads_first(key), ints(0, H, -1, E))
     return op.Transpose(by_head, perm=[0, 1, 3, 2])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from onnxscript import opset23 as op
 
 from onetrans.export.targets.onnx.common import (
+    MASKED,
     Value,
-    additive,
+    floats,
     heads_first,
     ints,
     keys_transposed,
@@ -33,10 +34,10 @@ def history_attention(
         q_UND, k_UND, v_UND = (op.Reshape(x, ints(0, 0, H * E)) for x in (q, k, v))
         out = op.Attention(q_UND, k_UND, v_UND, visible, q_num_heads=H, kv_num_heads=H, scale=1.0)[0]
         return op.Reshape(out, ints(0, 0, H, E))
-    valid = op.Less(positions(size(past_k, 1)), op.Unsqueeze(past_length, ints(1)))
+    valid = op.Less(positions(size(past_k, 1)), op.Unsqueeze(past_length, ints(1, 2, 3)))
     rows = heads_first(q)
-    past = op.Add(op.MatMul(rows, keys_transposed(past_k, H, E)), op.Unsqueeze(additive(valid), ints(1, 2)))
-    new = op.Add(op.MatMul(rows, keys_transposed(k, H, E)), additive(visible))
+    past = op.Where(valid, op.MatMul(rows, keys_transposed(past_k, H, E)), floats(MASKED))
+    new = op.Where(visible, op.MatMul(rows, keys_transposed(k, H, E)), floats(MASKED))
     weights = op.Softmax(op.Concat(past, new, axis=-1), axis=-1)
     on_past, on_new = pieces(weights, [size(past_k, 1), size(k, 1)])
     out = op.Add(op.MatMul(on_past, heads_first(past_v)), op.MatMul(on_new, heads_first(v)))

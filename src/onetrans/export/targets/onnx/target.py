@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from onnxscript import ir
+from onnxscript.ir.passes.common import RemoveUnusedNodesPass
 
 from onetrans.errors import ExportError
 from onetrans.export.program import Program, to_exported
@@ -62,6 +63,8 @@ def lower(program: Program, outputs: Sequence[TensorSpec], name: str) -> ir.Mode
     assert made is not None
     model: ir.Model = made.model
     model.graph.name = name
+    _merge_reshapes(model.graph)
+    RemoveUnusedNodesPass()(model)
     _clean(model, {str(symbol): dim for symbol, dim in program.symbols().items()})
     _rename(model.graph.inputs, program.inputs)
     _rename(model.graph.outputs, outputs)
@@ -91,6 +94,18 @@ def _clean(model: ir.Model, symbols: Mapping[str, str]) -> None:
         value.metadata_props.clear()
         if value.shape is not None:
             value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+
+
+def _merge_reshapes(graph: ir.Graph) -> None:
+    """Of reshapes one after the other only the last one counts; ONNX Runtime would carry out each (69 in an append)."""
+    for node in graph:
+        before = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] is not None else None
+        if before is None or before.op_type != "Reshape":
+            continue
+        assert node.inputs[1] is not None
+        shape = ir.convenience.get_const_tensor(node.inputs[1])
+        if shape is None or 0 not in shape.numpy():  # a 0 copies a size of the reshape before
+            node.replace_input_with(0, before.inputs[0])
 
 
 def _rename(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
