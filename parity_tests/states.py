@@ -173,17 +173,16 @@ class _Session:
 
 
 def retrained(bundle: Path, folder: Path) -> Path:
-    """The bundle with other weights: each number moved by a twentieth of itself or so."""
+    """The bundle with other weights: each number moved by up to a twentieth, and equal ones alike."""
     shutil.copytree(bundle, folder)
     path = folder / "weights.safetensors"
     content = bytearray(path.read_bytes())
     end = 8 + int.from_bytes(content[:8], "little")
-    rng = np.random.default_rng(1)
     for name, entry in json.loads(content[8:end]).items():
         if name != "__metadata__" and entry["dtype"] == "F32":
             first, last = (end + offset for offset in entry["data_offsets"])
             weights = np.frombuffer(content[first:last], np.float32)
-            moved = weights * (1 + 0.05 * rng.standard_normal(weights.shape))
+            moved = weights * (1 + 0.05 * np.sin(20 * weights))
             content[first:last] = moved.astype(np.float32).tobytes()
     path.write_bytes(content)
     rehash(folder)

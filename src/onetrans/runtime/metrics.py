@@ -35,7 +35,7 @@ class Metrics:
             MissingDependencyError: prometheus_client is not installed.
         """
         try:
-            import prometheus_client
+            import prometheus_client.core
         except ImportError as error:
             raise MissingDependencyError(
                 'metrics need prometheus_client, which is not installed: pip install "onetrans-export[metrics]"'
