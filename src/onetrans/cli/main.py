@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": "show how the graph was split, and draw it",
     "score": "score requests from JSON or Parquet",
     "bench": "measure p50, p95 and p99 per component",
+    "plan": "say how many machines a load needs",
     "doctor": "say what this machine can run",
 }
 
