@@ -16,6 +16,8 @@ from benchmarks.matmul import decode_vs_matmul, prefill_vs_matmul
 from benchmarks.measure import Measured, Row
 from benchmarks.plain import export_time, latency, parity
 from benchmarks.request import request_vs_unsplit
+from benchmarks.soak import soak
+from benchmarks.state import append, append_growth, returning, tiers
 from benchmarks.suite import format_row, new_suite, read_suite
 from onetrans.bench.environment import cpu_model, environment, libraries, source
 from onetrans.bench.record import command, config_hash, write_json
@@ -29,6 +31,11 @@ MEASURES: dict[str, Callable[[Context], Measured]] = {
     "prefill_vs_matmul": prefill_vs_matmul,
     "request_vs_unsplit": request_vs_unsplit,
     "latency": latency,
+    "append": append,
+    "append_growth": append_growth,
+    "returning": returning,
+    "tiers": tiers,
+    "soak": soak,
 }
 
 
@@ -86,6 +93,7 @@ def _run(quick: bool, only: tuple[str, ...], fresh: bool, threads: int, work: Pa
             "notes": list(measured.notes),
             "samples": {sample: list(values) for sample, values in measured.samples.items()},
             "records": dict(measured.records),
+            "tables": {title: [list(row) for row in table] for title, table in measured.tables.items()},
         }
         record["measures"] = {n: record["measures"][n] for n in MEASURES if n in record["measures"]}
         write_json(output, record)

@@ -42,6 +42,11 @@ class Prepared:
         """Computes the state."""
         self.ranker.backend.prefill(self.pool, [0], self.user)
 
+    def request(self) -> None:
+        """Both."""
+        self.prefill()
+        self.decode()
+
     def decode(self) -> dict[str, Any]:
         """Scores the candidates."""
         counts = np.array([next(iter(self.candidate.values())).shape[1]])

@@ -54,12 +54,13 @@ def estimated(estimate: Estimate, *, scale: float = 1.0, **fields: Any) -> Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A measure's outcome: rows, raw samples in seconds by name, what a reader must know, and latency records."""
+    """A measure's outcome: rows, raw samples in seconds by name, what a reader must know, latency records, tables."""
 
     rows: Sequence[Row]
     samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     records: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
 
 def in_turn(

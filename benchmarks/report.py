@@ -47,6 +47,10 @@ def measures_markdown(suites: list[Record]) -> str:
         lines += [markdown_row(row) for row in rows] + [""]
         for record in latency_records(suite):
             lines += _latency(record)
+        for measure in suite["measures"].values():
+            for name, (head, *body) in measure.get("tables", {}).items():
+                align = ("---", *("---:" for _ in head[1:]))
+                lines += [f"{name}:", "", *(markdown_row(row) for row in (head, align, *body)), ""]
         for where, names in origins.items():
             what = "All measured on" if len(origins) == 1 else f"{', '.join(names)} measured on"
             lines += [f"{what} {where} Intervals are of 95%.", ""]

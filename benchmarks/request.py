@@ -45,7 +45,7 @@ def request_vs_unsplit(context: Context) -> Measured:
         by_torch = json.loads(ask(json.dumps(_eager_job(context, {**p.user, **one}))))
         _agree("eager PyTorch", {task: np.array([value]) for task, value in by_torch.items()}, logits)
         runs = {
-            "request": lambda: (p.prefill(), p.decode()),
+            "request": p.request,
             "unsplit_1": lambda: _run(whole, {**p.user, **one}),
             "unsplit_100": lambda: _run(whole, {**p.user, **p.candidate}),
             "eager_1": lambda: ask("forward"),

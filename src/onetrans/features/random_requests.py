@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,3 +34,9 @@ def random_request(schema: FeatureSchema, *, events: int, candidates: int, rng: 
     history["timestamp"] = 1_700_000_000 + np.cumsum(rng.integers(1, 120, events))
     profile = {name: column[0] for name, column in random_columns(schema.user, 1, rng).items()}
     return Request(history=history, profile=profile, candidates=random_columns(schema.candidate, candidates, rng))
+
+
+def first_events(request: Request, events: int, user: str = "") -> Request:
+    """A random request as it stood after its first events."""
+    assert isinstance(request.history, Mapping)
+    return replace(request, history={name: column[:events] for name, column in request.history.items()}, user=user)

@@ -96,6 +96,15 @@ class SpillFile:
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def descriptor(self) -> int:
+        """Of the open file, for those who measure it."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Gives the disk's space back."""
+        self._file.close()
+
     def look(self, key: Key) -> Held | None:
         """What is spilled of a user."""
         with self._lock:
