@@ -26,9 +26,10 @@ from onetrans.bench.load import LoadConfig, file_requests, random_requests
 from onetrans.bench.plots import plot_latency
 from onetrans.bench.record import dumps, make_record, read_record, summarise, write_json
 from onetrans.bench.report import latency_markdown
-from onetrans.bench.run import COMPONENTS, bench_ranker, quiet_collector
+from onetrans.bench.run import bench_ranker, quiet_collector
 from onetrans.bench.stats import median, median_ratio, percentiles
 from onetrans.errors import ConfigError, DataError, JobError
+from onetrans.features.random_requests import first_events
 from onetrans.features.requests import write_requests
 from onetrans.model.config import ModelConfig
 from onetrans.model.presets import preset
@@ -36,6 +37,8 @@ from onetrans.runtime.ranker import Ranker
 from parity_tests.conftest import error_line, request_of
 
 Cli = Callable[..., Any]
+
+COLD = ("encode", "prefill", "decode", "whole")  # what runs where nothing is kept
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,7 @@ def test_bench_ranker_keeps_every_sample_in_order(ranker: Ranker) -> None:
     collections = gc.get_stats()[2]["collections"]
     stream = random_requests(LoadConfig(events=4, candidates=3), ranker.bundle.manifest)
     samples = bench_ranker(ranker, stream, warmup=3, progress=lambda *at: seen.append(at))
-    assert {name: len(values) for name, values in samples.seconds.items()} == dict.fromkeys(COMPONENTS, 200)
+    assert {name: len(values) for name, values in samples.seconds.items()} == dict.fromkeys(COLD, 200)
     parts = np.sum([samples.seconds[name] for name in ("encode", "prefill", "decode")], axis=0)
     assert (np.array(samples.seconds["whole"]) >= parts).all()
     assert min(map(min, samples.seconds.values())) > 0
@@ -380,7 +383,7 @@ def test_command_prints_a_table_and_writes_its_record(run_cli: Cli, tiny_bundle:
     for word in ("encode", "prefill", "decode", "whole", "p50", "p95", "p99", "200 requests"):
         assert word in result.stdout
     record = read_record(path)
-    assert {name: len(values) for name, values in record["samples"].items()} == dict.fromkeys(COMPONENTS, 200)
+    assert {name: len(values) for name, values in record["samples"].items()} == dict.fromkeys(COLD, 200)
     assert record["parity"]["worst_relative_error"] < 1e-5
 
 
@@ -392,7 +395,7 @@ def test_command_prints_one_json_object_and_nothing_else(
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == 1
     found = json.loads(result.stdout)
-    assert set(found["summary"]) == set(COMPONENTS)
+    assert set(found["summary"]) == set(COLD)
     assert found["load"]["input"] == str(source)
     assert "fewer than 200" in result.stderr
     assert "fewer than 200" in found["notes"][0]
@@ -439,3 +442,25 @@ def test_no_speed_from_a_bundle_whose_parity_fails(run_cli: Cli, bundle: Path) -
     rehash(bundle)
     line = error_line(run_cli("bench", bundle, "--requests", 20, "--json"), 1)
     assert "parity cases failed" in line
+
+
+def test_command_with_kept_states_tells_what_the_cache_did(
+    run_cli: Cli, ranker: Ranker, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Four users in turn, each with one event more every time, then once more without."""
+    schema = ranker.bundle.manifest.schema
+    users = [request_of(schema, events=100, candidates=3, seed=user) for user in range(4)]
+    grown = [first_events(users[turn % 4], 10 + turn // 4, user=f"u{turn % 4}") for turn in range(100)]
+    write_requests(tmp_path / "requests.json", grown)
+    options = ("--input", tmp_path / "requests.json", "--requests", 100, "--state-memory", "8MB", "--threads", 1)
+    result = run_cli("bench", tiny_bundle, *options, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    # 10 requests warm up; of the 100 that follow the last 10 begin the list anew, each user's first with a state that
+    # is longer than its history.
+    assert "answered by append 96, prefill 4" in found["notes"]
+    assert "prefill ran 4 times, too rarely for percentiles" in found["notes"]
+    assert set(found["summary"]) == {"encode", "append", "decode", "whole"}
+    refused = run_cli("bench", tiny_bundle, "--state-memory", "8MB")
+    assert refused.returncode == 2
+    assert "random requests are not; give --input" in refused.stderr

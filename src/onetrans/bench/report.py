@@ -31,7 +31,12 @@ def milliseconds(estimate: dict[str, float]) -> str:
 
 def latency_table(record: Record) -> Table:
     """The percentiles for a terminal."""
-    table = Table(title=f"{title(record)}\nmilliseconds, with 95% confidence intervals", title_justify="left")
+    table = Table(
+        title=f"{title(record)}\nmilliseconds, with 95% confidence intervals",
+        title_justify="left",
+        caption="\n".join(record["notes"]),
+        caption_justify="left",
+    )
     table.add_column("component")
     for name in next(iter(record["summary"].values())):
         table.add_column(name, justify="right")

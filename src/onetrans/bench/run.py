@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from onetrans.errors import ConfigError
 from onetrans.features.requests import Request
 from onetrans.runtime.ranker import Ranker
 
-COMPONENTS = ("encode", "prefill", "decode", "whole")
+COMPONENTS = ("encode", "load", "prefill", "append", "decode", "drift", "spill", "whole")
 REQUESTS = 200
 WARMUP = 10
 GARBAGE_COLLECTOR = "collected before, off while measuring"
@@ -25,12 +26,15 @@ class Samples:
     """Seconds per component, one entry per measured request, in order.
 
     Attributes:
-        seconds: `encode`, `prefill`, `decode` as the ranker states them, and `whole`, the call as its caller sees it.
+        seconds: Components as the ranker states them, each of the requests in which it ran, and `whole`, the call as
+            its caller sees it. A component that ran too rarely for percentiles is left out.
         warmup: Requests that ran before, unmeasured.
+        notes: What the state cache did, and what was left out.
     """
 
     seconds: dict[str, list[float]]
     warmup: int
+    notes: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -79,15 +83,23 @@ def bench_ranker(
         raise ConfigError("there is no request to measure; give at least one")
     stream = itertools.cycle(taken)
     seconds: dict[str, list[float]] = {name: [] for name in COMPONENTS}
+    results: Counter[str] = Counter()
     total = count + warmup
     with quiet_collector():
         for index in range(total):
             request = next(stream)
             began = time.perf_counter()
-            scores = ranker.rank(history=request.history, profile=request.profile, candidates=request.candidates)
+            scores = ranker.rank(
+                history=request.history, profile=request.profile, candidates=request.candidates, user=request.user
+            )
             whole = time.perf_counter() - began
             if index >= warmup:
+                results[scores.result] += 1
                 for name, value in {**scores.seconds, "whole": whole}.items():
                     seconds[name].append(value)
             progress(index + 1, total)
-    return Samples(seconds, warmup)
+    rare = [name for name, values in seconds.items() if 0 < len(values) < LEAST_SAMPLES]
+    notes = [f"answered by {', '.join(f'{kind} {n}' for kind, n in sorted(results.items()))}"] if ranker.caches else []
+    notes += [f"{name} ran {len(seconds[name])} times, too rarely for percentiles" for name in rare]
+    kept = {name: values for name, values in seconds.items() if len(values) >= LEAST_SAMPLES}
+    return Samples(kept, warmup, tuple(notes))

@@ -15,9 +15,11 @@ from onetrans.bench.record import make_record, write_json
 from onetrans.bench.report import latency_table
 from onetrans.bench.run import REQUESTS, bench_ranker
 from onetrans.bench.stats import LEAST_SAMPLES
+from onetrans.cli.cache import cache_options
 from onetrans.cli.console import print_json, print_table, stages, stderr
 from onetrans.errors import ConfigError
 from onetrans.export.verify import check, read_cases, verify
+from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker
 
 CANDIDATES = 100
@@ -40,6 +42,7 @@ CANDIDATES = 100
 @click.option(
     "--record", type=click.Path(path_type=Path, dir_okay=False), help="Write raw samples and environment to this file."
 )
+@cache_options
 def bench_command(
     bundle: Path,
     requests: int,
@@ -51,8 +54,9 @@ def bench_command(
     threads: int | None,
     as_json: bool,
     record: Path | None,
+    cache: CacheConfig | None,
 ) -> None:
-    """Measure p50, p95 and p99 of encode, prefill, decode and the whole request.
+    """Measure p50, p95 and p99 of encode, prefill, append, decode and the whole request.
 
     The bundle is verified first: no speed comes from a bundle that is too far from gold.
     """
@@ -64,7 +68,9 @@ def bench_command(
     if source is not None and any(value is not None for value in given.values()):
         name = next(name for name, value in given.items() if value is not None)
         raise ConfigError(f"{name} shapes random requests, but --input {source} brings its own; drop one of them")
-    ranker = Ranker.open(bundle, threads=threads)
+    if cache is not None and source is None:
+        raise ConfigError("--state-memory keeps states of returning users, which random requests are not; give --input")
+    ranker = Ranker.open(bundle, threads=threads, cache=cache)
     manifest = ranker.bundle.manifest
     load = LoadConfig(
         events=manifest.windows.max_history if events is None else events,
@@ -86,6 +92,7 @@ def bench_command(
         stderr().print(f"note: {notes[0]}", markup=False)
     with _bar() as show:
         samples = bench_ranker(ranker, stream, count=requests, progress=show)
+    notes += samples.notes
     made = make_record(
         manifest,
         samples,

@@ -10,10 +10,12 @@ import click
 from rich.progress import track
 from rich.table import Table
 
+from onetrans.cli.cache import cache_options
 from onetrans.cli.console import print_json, print_table, stderr
 from onetrans.errors import DataError, OutputExistsError
 from onetrans.features.folders import write_new_text
 from onetrans.features.requests import Request, read_requests
+from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker, Scores
 
 POSITIVE = click.IntRange(min=1)
@@ -29,18 +31,28 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--limit", type=POSITIVE, help="Score only the first requests.")
 @click.option("--threads", type=POSITIVE, help="Of the backend.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@cache_options
 def score_command(
-    bundle: Path, source: Path, output: Path | None, top: int, limit: int | None, threads: int | None, as_json: bool
+    bundle: Path,
+    source: Path,
+    output: Path | None,
+    top: int,
+    limit: int | None,
+    threads: int | None,
+    as_json: bool,
+    cache: CacheConfig | None,
 ) -> None:
     """Score requests from JSON or Parquet with a bundle."""
     if output is not None and (output.exists() or output.is_symlink()):  # before the work, and again after it
         raise OutputExistsError(f"{output} exists already; name another path or remove it")
-    ranker = Ranker.open(bundle, threads=threads)
+    ranker = Ranker.open(bundle, threads=threads, cache=cache)
     requests = read_requests(source, ranker.bundle.manifest.schema)[:limit]
     scored = []
     for index, request in enumerate(track(requests, "scoring", console=stderr(), disable=len(requests) < 20)):
         try:
-            scores = ranker.rank(history=request.history, profile=request.profile, candidates=request.candidates)
+            scores = ranker.rank(
+                history=request.history, profile=request.profile, candidates=request.candidates, user=request.user
+            )
         except DataError as error:
             raise DataError(f"{source}, request {request.request or index}: {error}") from error
         scored.append((request, scores))
@@ -58,6 +70,8 @@ def _plain(request: Request, scores: Scores) -> dict[str, Any]:
     return {
         "request": request.request,
         "user": request.user,
+        "result": scores.result,
+        "drift": scores.drift,
         "scores": {task: values.tolist() for task, values in scores.probabilities().items()},
         "logits": {task: values.tolist() for task, values in scores.logits.items()},
         "ranking": scores.ranking().tolist(),
