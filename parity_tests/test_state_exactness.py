@@ -28,8 +28,8 @@ MOST = 4 * CHUNK + 40  # events: beyond max_history by several anchors
 USERS = [f"user{n}" for n in range(12)]
 SLOTS, WORKING, CAPACITY = 12, 3, 9  # three users more than there is room for
 TTL = 100.0
-EXAMPLES, STEPS = 44, 50
-LEAST_STEPS = 2000
+EXAMPLES, STEPS = 80, 50
+LEAST_STEPS = 4000
 
 whom = st.sampled_from(USERS)
 counts = st.integers(1, 3)

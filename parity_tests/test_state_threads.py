@@ -258,6 +258,26 @@ def test_an_invalidation_waits_for_the_request_under_way(opened: Bundle, request
     assert len(ranker.cache) == 0
 
 
+def test_an_invalidation_reaches_a_state_on_its_way_to_the_disk(
+    opened: Bundle, requests: dict[str, list[Request]], tmp_path: Path
+) -> None:
+    """b drives a out of the memory; a is neither there nor in the spill file until b's request ends."""
+    backend = Watched(opened, threads=1)
+    spill = {"spill": tmp_path, "spill_memory": 4 * opened.manifest.bytes_per_user}
+    ranker, _ = cached(opened, backend, slots=2, **spill)
+    rank(ranker, requests["a"][6])
+    gate, crowd, forgotten = Gate(backend, "decode"), Together(), []
+    crowd.start(lambda: rank(ranker, requests["b"][6]))
+    assert gate.reached.wait(PATIENCE)
+    assert [user for _, user in ranker.cache.held()] == ["b"]
+    waits(crowd.start(lambda: forgotten.append(ranker.invalidate("a"))))
+    gate.open()
+    crowd.end()
+    assert forgotten == [True]
+    assert rank(ranker, requests["a"][6]).result == "prefill"
+    ranker.check_integrity()
+
+
 def test_where_no_slot_is_left_to_work_in_a_prefill_waits_and_a_reuse_does_not(
     opened: Bundle,
     requests: dict[str, list[Request]],

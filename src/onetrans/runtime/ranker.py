@@ -158,8 +158,9 @@ class Ranker:
     def invalidate(self, user: str) -> bool:
         """Forgets a user's state, after the request under way; whether there was one."""
         key = (self._loaded.version, user)
-        spilled = self.spill is not None and self.spill.forget(key)
-        return self.cache.invalidate(key) or spilled
+        with self.cache.use([key]) as lease:
+            spilled = self.spill is not None and self.spill.forget(key)
+            return lease.forget(key) or spilled
 
     def check_integrity(self) -> None:
         """Checks slots, budget, and that each idle state has the windows that its token count asks for.

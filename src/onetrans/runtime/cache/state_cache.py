@@ -86,8 +86,8 @@ class StateCache:
 
     def invalidate(self, key: Key) -> bool:
         """Forgets a user's state, after the request that uses it now; whether there was one."""
-        with self.use([key]):
-            return self._forget(key, "invalidated")
+        with self.use([key]) as lease:
+            return lease.forget(key)
 
     def clear(self, keep: Callable[[Key], bool] = lambda key: False) -> int:
         """Forgets every state that no request uses now and that is not to be kept; how many."""
@@ -174,6 +174,8 @@ class StateCache:
                     return False
                 if self.spills:
                     lease.evicted.append((victim, self._entries.pop(victim)))
+                    lease.keys.add(victim)  # until it is saved, nobody else has its user
+                    self._busy.add(victim)
                     self.counts["evicted"] += 1
                 else:
                     self._forget(victim, "evicted")
@@ -194,14 +196,19 @@ class Lease:
 
     def __init__(self, cache: StateCache, keys: set[Key]) -> None:
         self._cache = cache
-        self._keys = keys
+        self.keys = keys
         self.slots: set[int] = set()
         self.evicted: list[tuple[Key, Held]] = []
 
     def look(self, key: Key) -> Held | None:
         """The user's state, unless its time is over; it becomes the most recently used."""
-        assert key in self._keys
+        assert key in self.keys
         return self._cache._look(key)
+
+    def forget(self, key: Key) -> bool:
+        """Forgets the user's state; whether there was one."""
+        assert key in self.keys
+        return self._cache._forget(key, "invalidated")
 
     def take(self, count: int) -> list[int]:
         """Slots to compute in, all at once and only once per lease; waits for those who have them now.
@@ -224,7 +231,7 @@ class Lease:
         Returns:
             False where every cached state is in use; the slot is then given back at the end of the lease.
         """
-        assert key in self._keys
+        assert key in self.keys
         if computed:
             held = dataclasses.replace(held, stored=self._cache.clock())
         return self._cache._commit(self, key, held)
