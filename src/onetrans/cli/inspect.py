@@ -79,7 +79,12 @@ def _cut(manifest: Manifest) -> Table:
 def _notes(manifest: Manifest) -> list[str]:
     split = manifest.split
     dead, weights = split["dead"], split["dead_weights"]
+    chunk = manifest.windows.append_chunk
+    why = f"its {manifest.merge} merge" if manifest.merge != "time" else f"append_chunk {chunk}"
     notes = [
+        f"append: exact until a history crosses a multiple of {chunk} events"
+        if manifest.append_only
+        else f"append: never exact with {why}; states are reused as they are or prefilled",
         f"removed: {len(dead)} computations that feed nothing"
         + (f", and the weights {', '.join(weights)}" if weights else ""),
         f"partial products: {', '.join(split['partial_products']) or 'none'}",
