@@ -1,0 +1,202 @@
+"""States that leave the memory come back bit by bit, or rounded where that was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onetrans.errors import ConfigError, JobError
+from onetrans.features.random_requests import first_events
+from onetrans.features.requests import Request
+from onetrans.runtime import CacheConfig, Ranker, Scores
+from onetrans.runtime.cache.lookup import Held
+from onetrans.runtime.cache.spill import SpillFile
+from parity_tests.conftest import request_of
+
+USERS = 12
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_bundle: Path) -> Ranker:
+    return Ranker.open(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def users(plain: Ranker) -> list[Request]:
+    schema = plain.bundle.manifest.schema
+    return [request_of(schema, events=63, candidates=20, seed=user) for user in range(USERS)]
+
+
+def spilling(bundle: Path, folder: Path, *, slots: int = 6, spilled: int = USERS, **options: object) -> Ranker:
+    size = Ranker.open(bundle, threads=1).bundle.manifest.bytes_per_user
+    config = CacheConfig(state_memory=slots * size, spill=folder, spill_memory=spilled * size, **options)  # type: ignore[arg-type]
+    return Ranker.open(bundle, threads=1, cache=config)
+
+
+def ask(ranker: Ranker, users: list[Request], user: int, events: int) -> Scores:
+    return ranker.rank_batch([first_events(users[user], events, user=f"u{user}")])[0]
+
+
+def difference(a: Scores, b: Scores) -> float:
+    return max(float(np.abs(a.logits[task] - b.logits[task]).max()) for task in a.logits)
+
+
+def test_every_user_comes_back_bit_by_bit_though_few_fit_the_memory(
+    tiny_bundle: Path, users: list[Request], tmp_path: Path
+) -> None:
+    ranker = spilling(tiny_bundle, tmp_path)
+    first = [ask(ranker, users, user, 40) for user in range(USERS)]
+    assert {scores.result for scores in first} == {"prefill"}
+    assert len(ranker.cache) == ranker.cache.capacity < USERS
+    assert ranker.spill is not None
+    assert len(ranker.cache) + len(ranker.spill) == USERS
+    for user in range(USERS):
+        again = ask(ranker, users, user, 40)
+        assert again.result == "reuse"
+        assert "load" in again.seconds
+        assert difference(again, first[user]) == 0.0
+        ranker.check_integrity()
+
+
+def test_appends_and_other_contexts_go_on_from_a_loaded_state(
+    tiny_bundle: Path, plain: Ranker, users: list[Request], tmp_path: Path
+) -> None:
+    ranker = spilling(tiny_bundle, tmp_path)
+    never = spilling(tiny_bundle, tmp_path, slots=4 * USERS)
+    for events in (10, 11, 30, 63):
+        for user in range(USERS):
+            found, kept = (ask(r, users, user, events) for r in (ranker, never))
+            assert found.result == kept.result == ("prefill" if events == 10 else "append")
+            assert ("load" in found.seconds) == (events > 10)
+            assert difference(found, kept) == 0.0  # the same graphs over the same bytes
+    other = dataclasses.replace(users[0], profile=users[1].profile, user="u0")
+    changed, expected = ranker.rank_batch([other])[0], plain.rank_batch([dataclasses.replace(other, user="")])[0]
+    assert changed.result == "reuse"
+    assert "load" in changed.seconds
+    assert difference(changed, expected) <= 1e-6 < difference(changed, ask(plain, users, 0, 63))
+
+
+def test_a_batch_loads_what_it_needs(tiny_bundle: Path, users: list[Request], tmp_path: Path) -> None:
+    ranker = spilling(tiny_bundle, tmp_path, slots=9)
+    first = ranker.rank_batch([first_events(user, 40, user=f"u{i}") for i, user in enumerate(users)])
+    again = ranker.rank_batch([first_events(user, 40, user=f"u{i}") for i, user in enumerate(users)])
+    assert {scores.result for scores in again} == {"reuse"}
+    assert max(difference(a, b) for a, b in zip(first, again, strict=True)) <= 1e-6  # batched with other users
+    ranker.check_integrity()
+
+
+def test_half_precision_rounds_and_says_so_by_its_size(tiny_bundle: Path, users: list[Request], tmp_path: Path) -> None:
+    ranker = spilling(tiny_bundle, tmp_path, spill_precision="float16")
+    assert ranker.spill is not None
+    manifest = ranker.bundle.manifest
+    whole = sum(t.bytes_per_user for t in manifest.state if t.spec.dtype == "int64")
+    assert ranker.spill.bytes_per_user == whole + (manifest.bytes_per_user - whole) // 2
+    first = [ask(ranker, users, user, 40) for user in range(USERS)]
+    again = [ask(ranker, users, user, 40) for user in range(USERS)]
+    errors = [difference(a, b) for a, b in zip(first, again, strict=True)]
+    largest = max(float(np.abs(v).max()) for scores in first for v in scores.logits.values())
+    # Rounding of K and V moves a logit by no more than a few units of half precision of its own size.
+    assert 0 < max(errors) <= 4 * 2.0**-10 * largest
+
+
+def test_a_changed_history_does_not_use_what_was_spilled(
+    tiny_bundle: Path, plain: Ranker, users: list[Request], tmp_path: Path
+) -> None:
+    ranker = spilling(tiny_bundle, tmp_path)
+    for user in range(USERS):
+        ask(ranker, users, user, 40)
+    assert ranker.spill is not None
+    other = dataclasses.replace(first_events(users[5], 40), user="u0")  # another user's events under this name
+    found = ranker.rank_batch([other])[0]
+    assert found.result == "prefill"
+    assert difference(found, ask(plain, users, 5, 40)) <= 1e-6
+    assert ranker.spill.look((ranker._loaded.version, "u0")) is None
+
+
+def test_invalidated_expired_and_outdated_states_are_not_loaded(
+    tiny_bundle: Path, users: list[Request], tmp_path: Path
+) -> None:
+    ranker = spilling(tiny_bundle, tmp_path, ttl=50.0)
+    now = [0.0]
+    ranker.cache.clock = lambda: now[0]
+    for user in range(USERS):
+        ask(ranker, users, user, 40)
+    assert ranker.invalidate("u0")  # spilled by now
+    assert ask(ranker, users, 0, 40).result == "prefill"
+    now[0] = 49.0
+    assert ask(ranker, users, 1, 40).result == "reuse"
+    now[0] = 51.0  # loading did not make it younger
+    assert ask(ranker, users, 1, 40).result == "prefill"
+    assert ask(ranker, users, 2, 40).result == "prefill"
+    ranker.reload(tiny_bundle)
+    assert ranker.spill is not None
+    assert len(ranker.spill) == 0
+
+
+def test_the_first_spilled_goes_first_and_none_is_written_twice(plain: Ranker, tmp_path: Path) -> None:
+    manifest = plain.bundle.manifest
+    spill = SpillFile(manifest, tmp_path, 3 * manifest.bytes_per_user)
+    assert spill.slots == 3
+    pool = plain.backend.allocate(1)
+    plain.backend.prefill(pool, [0], plain.encode_user({}, request_of(manifest.schema, events=0, candidates=1).profile))
+    state = pool.read(0)
+    for user in ("a", "b", "a", "c", "d"):
+        assert spill.put(("v", user), Held(slot=0, tokens=0, events=b"", context=b""), state)
+    assert [user for user in "abcd" if spill.look(("v", user))] == ["a", "c", "d"]
+    assert spill.take(("v", "b")) is None
+    taken = spill.take(("v", "a"))
+    assert taken is not None
+    assert all(np.array_equal(taken[name], state[name]) for name in state)
+    assert spill.take(("v", "a")) is None
+    assert len(spill) == 2
+    assert spill.clear() == 2
+
+
+def test_what_half_precision_cannot_hold_is_not_spilled(plain: Ranker, tmp_path: Path) -> None:
+    manifest = plain.bundle.manifest
+    spill = SpillFile(manifest, tmp_path, manifest.bytes_per_user, "float16")
+    pool = plain.backend.allocate(1)
+    state = pool.read(0)
+    state["k0"][0, 0, 0, 0] = 70_000.0
+    assert not spill.put(("v", "a"), Held(slot=0, tokens=0, events=b"", context=b""), state)
+    assert len(spill) == 0
+
+
+def test_a_disk_that_fails_costs_a_prefill_and_is_logged(
+    tiny_bundle: Path, plain: Ranker, users: list[Request], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranker = spilling(tiny_bundle, tmp_path)
+    for user in range(USERS):
+        ask(ranker, users, user, 40)
+    assert ranker.spill is not None
+    ranker.spill._file.truncate(0)
+    found = ask(ranker, users, 0, 40)
+    assert found.result == "prefill"
+    assert difference(found, ask(plain, users, 0, 40)) <= 1e-6
+    assert "could not be read" in caplog.text
+    ranker.check_integrity()
+
+
+def test_the_file_has_no_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    ranker = spilling(tiny_bundle, tmp_path)
+    assert ranker.spill is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_settings_get_one_clear_line(plain: Ranker, tmp_path: Path) -> None:
+    manifest = plain.bundle.manifest
+    with pytest.raises(ConfigError, match="holds no state of"):
+        SpillFile(manifest, tmp_path, manifest.bytes_per_user - 1)
+    with pytest.raises(ConfigError, match="'int8' is not one of same, float16"):
+        SpillFile(manifest, tmp_path, 1 << 20, "int8")  # type: ignore[arg-type]
+    with pytest.raises(JobError, match=r"absent cannot take a file of .* No such file"):
+        SpillFile(manifest, tmp_path / "absent", 1 << 20)
+    with pytest.raises(JobError, match="cannot take a file"):
+        SpillFile(manifest, tmp_path, 1 << 60)
+    with pytest.raises(ConfigError, match="give both or neither"):
+        CacheConfig(state_memory=1 << 20, spill=tmp_path)
+    with pytest.raises(ConfigError, match="give state_memory as well"):
+        CacheConfig(spill=tmp_path, spill_memory=1 << 20)
