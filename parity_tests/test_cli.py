@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 
 from onetrans.cli.main import COMMANDS
 from onetrans.features.logs import write_logs
+from onetrans.features.random_requests import first_events
 from onetrans.features.requests import read_requests, write_requests
 from onetrans.features.synthetic import generate
 from onetrans.model.checkpoint import random_model, save_checkpoint
@@ -259,6 +260,47 @@ def test_score_a_log_folder(run_here: Command, tiny_bundle: Path, tmp_path: Path
             assert plain["logits"][task] == scores.logits[task].tolist()
     done = run_here("score", tiny_bundle, "--input", tmp_path / "logs", "--limit", 5, "--json")
     assert len(one_object(done.stdout)["requests"]) == 5
+
+
+def test_score_keeps_states_where_asked(run_here: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    schema = preset("tiny").schema
+    whole = [request_of(schema, events=63, candidates=4, seed=user) for user in range(3)]
+    visits = [(user, events) for events in (20, 20, 31) for user in range(3)]
+    requests = [first_events(whole[user], events, user=f"u{user}") for user, events in visits]
+    write_requests(tmp_path / "requests.json", requests)
+    given = ("score", tiny_bundle, "--input", tmp_path / "requests.json", "--json")
+    plain = one_object(run_here(*given).stdout)["requests"]
+    assert {found["result"] for found in plain} == {"prefill"}
+    for more in ((), ("--spill", tmp_path, "--spill-memory", "1MB", "--ttl", "100", "--reuse", "stale")):
+        memory = "240KB" if more else "2MB"  # two users, one of them at work; or all
+        done = run_here(*given, "--state-memory", memory, *more)
+        assert (done.returncode, done.stderr) == (0, "")
+        kept = one_object(done.stdout)["requests"]
+        assert [found["result"] for found in kept] == ["prefill"] * 3 + ["reuse"] * 3 + ["append"] * 3
+        for a, b in zip(kept, plain, strict=True):
+            np.testing.assert_allclose(a["logits"]["ctr"], b["logits"]["ctr"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ttl", "5"], "--ttl is about kept states; give --state-memory as well, as 4GiB"),
+        (["--spill-memory", "1GB"], "--spill-memory is about kept states; give --state-memory as well, as 4GiB"),
+        (["--state-memory", "lots"], "'lots' is not a size; give a number with B, KB"),
+        (
+            ["--state-memory", "100KB"],
+            "holds 0 users of 114192 bytes; give at least 228384",
+        ),
+        (["--state-memory", "1MB", "--spill-memory", "1GB"], "give both or neither"),
+        (["--state-memory", "1MB", "--reuse", "never"], "'never' is not one of 'exact', 'stale'"),
+        (["--state-memory", "1MB", "--ttl", "0"], "ttl is 0.0; give seconds above 0"),
+    ],
+)
+def test_wrong_cache_options_get_one_line(
+    options: list[str], words: str, run_here: Command, tiny_bundle: Path, requests_file: Path
+) -> None:
+    line = error_line(run_here("score", tiny_bundle, "--input", requests_file, *options), 2)
+    assert words in line
 
 
 def test_doctor(run_cli: Command) -> None:
