@@ -11,6 +11,7 @@ from onetrans.export import export
 from onetrans.export.config import ExportConfig
 from onetrans.model.checkpoint import random_model
 from onetrans.runtime.manifest import WEIGHTS_FILE
+from onetrans.runtime.tensors import read_tensors
 from parity_tests.configs import VARIANTS, small_config
 
 SMALL = ExportConfig(max_users=8, max_candidates=600)
@@ -80,6 +81,15 @@ def test_large_weights_lie_in_the_weights_file_and_nowhere_else(bundle):
                 assert numpy_helper.to_array(tensor).nbytes < 1024
         assert tuple(sorted(external)) == bundle.manifest.graphs[name].weights
         assert {entry["location"] for entry in external.values()} == {WEIGHTS_FILE}
+
+
+def test_graphs_share_their_weights(bundle):
+    """No value is stored twice, but where one graph itself has two equal weights (norms of a random model)."""
+    tensors = read_tensors(bundle.contents[WEIGHTS_FILE], WEIGHTS_FILE)
+    for name, value in tensors.items():
+        same = {n for n, v in tensors.items() if v.shape == value.shape and np.array_equal(v, value)}
+        for graph in bundle.manifest.graphs.values():
+            assert name not in graph.weights or same <= set(graph.weights)
 
 
 def test_any_onnx_runtime_opens_the_graphs_from_the_folder(bundle, tmp_path):

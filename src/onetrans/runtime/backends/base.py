@@ -62,7 +62,7 @@ class Backend(ABC):
         """A pool of user slots.
 
         Raises:
-            DeviceError: They do not fit into the device's memory.
+            MissingDependencyError: They do not fit into the device's memory.
         """
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
 import warnings
@@ -122,18 +123,23 @@ def external_weights(models: Mapping[str, ir.Model]) -> tuple[dict[str, torch.Te
     """
     tensors: dict[str, torch.Tensor] = {}
     where: dict[tuple[str, str], str] = {}
+    alike: dict[tuple[torch.dtype, torch.Size], list[str]] = {}
     for graph, model in models.items():
+        taken: set[str] = set()  # a graph's own initializers keep names of their own
         for initializer in model.graph.initializers.values():
             assert initializer.const_value is not None
             assert initializer.name is not None
             if initializer.const_value.nbytes < INLINE_BYTES:
                 continue
             value = _as_torch(initializer.const_value)
-            stem, name, count = initializer.name, initializer.name, 1
-            while name in tensors and not _same(tensors[name], value):
-                count += 1
-                name = f"{stem}.{count}"
-            tensors[name] = value
+            names = alike.setdefault((value.dtype, value.shape), [])
+            name = next((name for name in names if name not in taken and _same(tensors[name], value)), None)
+            if name is None:
+                others = (f"{initializer.name}.{i}" for i in itertools.count(2))
+                name = next(n for n in itertools.chain([initializer.name], others) if n not in tensors)
+                tensors[name] = value
+                names.append(name)
+            taken.add(name)
             where[graph, initializer.name] = name
     return tensors, where
 
@@ -180,7 +186,7 @@ def _as_torch(tensor: Any) -> torch.Tensor:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
 
 @contextlib.contextmanager
