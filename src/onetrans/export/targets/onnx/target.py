@@ -125,7 +125,7 @@ def external_weights(models: Mapping[str, ir.Model]) -> tuple[dict[str, torch.Te
     where: dict[tuple[str, str], str] = {}
     alike: dict[tuple[torch.dtype, torch.Size], list[str]] = {}
     for graph, model in models.items():
-        taken: set[str] = set()  # a graph's own initializers keep names of their own
+        taken = set(model.graph.initializers)  # equal weights of one graph stay two
         for initializer in model.graph.initializers.values():
             assert initializer.const_value is not None
             assert initializer.name is not None
@@ -133,7 +133,8 @@ def external_weights(models: Mapping[str, ir.Model]) -> tuple[dict[str, torch.Te
                 continue
             value = _as_torch(initializer.const_value)
             names = alike.setdefault((value.dtype, value.shape), [])
-            name = next((name for name in names if name not in taken and _same(tensors[name], value)), None)
+            allowed = [name for name in names if name == initializer.name or name not in taken]
+            name = next((name for name in allowed if _same(tensors[name], value)), None)
             if name is None:
                 others = (f"{initializer.name}.{i}" for i in itertools.count(2))
                 name = next(n for n in itertools.chain([initializer.name], others) if n not in tensors)
@@ -153,6 +154,10 @@ def serialise(model: ir.Model, names: Mapping[str, str], offsets: Mapping[str, t
         offsets: Tensor to (offset, length) in that file, bytes.
         file: The weights file, beside the model.
     """
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in names.values():  # a weight of another graph has this name
+                value.name = f"{value.name}_made"
     for initializer in list(model.graph.initializers.values()):
         assert initializer.name is not None
         if initializer.name not in names:
