@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -350,3 +351,42 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     assert (
         str(caught.value) == f"{text!r} is not a size; give a number with B, KB, MB, GB, KiB, MiB, GiB or TiB, as 4GiB"
     )
+
+
+def test_many_slots_and_many_users_are_had_in_the_order_of_arrival() -> None:
+    """Whoever needs all slots, or two users at once, would else wait for as long as others come one by one."""
+    cache = StateCache(8, working=4)
+    order: list[str] = []
+
+    def ask(name: str, users: list[str], slots: int) -> None:
+        with cache.use([("v", user) for user in users]) as lease:
+            lease.take(slots)
+            order.append(name)
+
+    def come(name: str, users: list[str], slots: int, waiting: Callable[[], int]) -> threading.Thread:
+        before = waiting()
+        thread = threading.Thread(target=ask, args=(name, users, slots), daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while waiting() == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert waiting() == before + 1
+        return thread
+
+    with cache.use([("v", "busy")]) as lease:
+        lease.take(1)
+        slots = [come("all slots", ["a"], 4, lambda: len(cache._queue))]
+        slots += [come(f"one slot {i}", [f"b{i}"], 1, lambda: len(cache._queue)) for i in range(3)]  # 3 are free
+        users = [come("both users", ["busy", "c"], 0, lambda: len(cache._waiting))]
+        users += [come("one user", ["c"], 0, lambda: len(cache._waiting))]  # c itself is free
+        assert order == []
+        ask("another", ["d"], 0)
+    for thread in (*slots, *users):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert order[0] == "another"
+    assert next(name for name in order if "slot" in name) == "all slots"
+    assert [name for name in order if "user" in name] == ["both users", "one user"]
+    assert not cache._waiting
+    assert not cache._queue
+    cache.check_integrity()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,13 @@ from onetrans.runtime import CacheConfig, Ranker, Scores
 from onetrans.runtime.cache.lookup import Held
 from onetrans.runtime.cache.spill import SpillFile
 from parity_tests.conftest import request_of
+from parity_tests.states import retrained
 
 USERS = 12
+
+
+class FailedError(Exception):
+    """Of a step that was made to fail."""
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +139,12 @@ def test_invalidated_expired_and_outdated_states_are_not_loaded(
     now[0] = 51.0  # loading did not make it younger
     assert ask(ranker, users, 1, 40).result == "prefill"
     assert ask(ranker, users, 2, 40).result == "prefill"
-    ranker.reload(tiny_bundle)
+    ranker.reload(tiny_bundle)  # the same version
+    assert ask(ranker, users, 1, 40).result == "reuse"
+    ranker.reload(retrained(tiny_bundle, tmp_path / "retrained"))
     assert ranker.spill is not None
-    assert len(ranker.spill) == 0
+    assert len(ranker.spill) == len(ranker.cache) == 0
+    assert ask(ranker, users, 1, 40).result == "prefill"
 
 
 def test_the_first_spilled_goes_first_and_none_is_written_twice(plain: Ranker, tmp_path: Path) -> None:
@@ -200,3 +211,43 @@ def test_wrong_settings_get_one_clear_line(plain: Ranker, tmp_path: Path) -> Non
         CacheConfig(state_memory=1 << 20, spill=tmp_path)
     with pytest.raises(ConfigError, match="give state_memory as well"):
         CacheConfig(spill=tmp_path, spill_memory=1 << 20)
+
+
+def test_what_was_driven_out_is_saved_though_the_request_fails(
+    tiny_bundle: Path, users: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranker = spilling(tiny_bundle, tmp_path)
+    capacity = ranker.cache.capacity
+    for user in range(capacity):
+        ask(ranker, users, user, 40)
+    assert ranker.spill is not None
+
+    def decode(*args: object) -> None:
+        raise FailedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ranker.backend, "decode", decode)
+        with pytest.raises(FailedError):
+            ask(ranker, users, capacity, 40)
+    ranker.check_integrity()
+    assert [ask(ranker, users, user, 40).result for user in range(capacity + 1)] == ["reuse"] * (capacity + 1)
+
+
+def test_a_file_whose_every_slot_is_busy_costs_a_state_and_no_request(
+    tiny_bundle: Path, users: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One slot in the file, slow writes, four threads of requests that all drive somebody out."""
+    ranker = spilling(tiny_bundle, tmp_path, slots=24, spilled=1, working=4)
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *args: (time.sleep(0.002), write(*args))[1])
+    people = [f"p{index}" for index in range(80)]
+
+    def visit(name: str) -> str:
+        return ranker.rank_batch([first_events(users[0], 40, user=name)])[0].result
+
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(visit, people)) == {"prefill"}
+    assert ranker.cache.counts["evicted"] == len(people) - ranker.cache.capacity
+    assert ranker.spill is not None
+    assert len(ranker.spill) == 1
+    ranker.check_integrity()

@@ -60,8 +60,8 @@ class Metrics:
         self.registry.register(_CacheCollector(self._client, ranker))
 
     def observe(self, passes: Sequence[Sequence[Scores]]) -> None:
-        """Counts the requests of some passes; those of one pass share their times."""
-        for scores in passes:
+        """Counts the requests of a call's passes; those of one pass share their times, all of them the encoding."""
+        for index, scores in enumerate(passes):
             for one in scores:
                 self._requests.labels(one.result).inc()
                 self._candidates.inc(len(next(iter(one.logits.values()))))
@@ -69,6 +69,8 @@ class Metrics:
                 if one.drift is not None:
                     self._drift.observe(one.drift)
             for component, seconds in scores[0].seconds.items():
+                if component == "encode" and index:
+                    continue
                 self._seconds.labels(component).observe(seconds)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,15 @@ class Ranker:
         self.config = config or CacheConfig()
         self.metrics = metrics
         slots, working = self.config.slots(bundle.manifest.bytes_per_user)
+        self.pool = backend.allocate(slots)
         self.cache = StateCache(slots, working=working, ttl=self.config.ttl, spills=self.config.spill is not None)
         self.spill: SpillFile | None = None
         if self.config.spill is not None:
             c = self.config
             self.spill = SpillFile(bundle.manifest, self.config.spill, c.spill_memory, c.spill_precision)
-        self.pool = backend.allocate(slots)
         self._loaded = self._load(bundle, backend)
         self._threads: int | None = None
-        every = self.config.drift_every
-        self._drift_turns = itertools.cycle([*[False] * (every - 1), True])
+        self._stale = itertools.count(1)
         if metrics is not None:
             metrics.watch(self)
 
@@ -150,10 +148,8 @@ class Ranker:
                     f"{path} cannot take the place of {self.bundle.path}: its {name} differs{shown}; open a Ranker of"
                     " its own for it"
                 )
-        self._loaded = loaded = self._load(bundle, open_backend(bundle, threads=self._threads))
-        self.cache.clear(keep=lambda key: key[0] == loaded.version)
-        if self.spill is not None:
-            self.spill.clear()
+        self._loaded = self._load(bundle, open_backend(bundle, threads=self._threads))
+        self._forget_other_versions()
 
     def invalidate(self, user: str) -> bool:
         """Forgets a user's state, after the request under way; whether there was one."""
@@ -205,15 +201,38 @@ class Ranker:
         began = time.perf_counter()
         loaded = self._loaded
         encoded = [loaded.encode(r, where, keep=self.caches) for r, where in zip(requests, places, strict=True)]
-        size = self.cache.working
+        size = min(self.cache.working, loaded.bundle.manifest.bounds["U"][1])
         parts = [slice(first, first + size) for first in range(0, len(requests), size)]
         candidates = [loaded.candidates([r.candidates for r in requests[part]], places[part]) for part in parts]
         seconds = {"encode": time.perf_counter() - began}
         scores: list[list[Scores]] = []
-        for part, (inputs, counts) in zip(parts, candidates, strict=True):
-            turn = partial(next, self._drift_turns)
-            rank = Pass(loaded, self.cache, self.pool, self.spill, encoded[part], inputs, counts, turn, dict(seconds))
-            scores.append(rank.run())
-        if self.metrics is not None:
-            self.metrics.observe(scores)
+        try:
+            for part, (inputs, counts) in zip(parts, candidates, strict=True):
+                one = Pass(
+                    loaded,
+                    self.cache,
+                    self.pool,
+                    self.spill,
+                    encoded[part],
+                    inputs,
+                    counts,
+                    self._drift_is_due,
+                    dict(seconds),
+                )
+                scores.append(one.run())
+        finally:
+            if loaded is not self._loaded:
+                self._forget_other_versions()
+            if self.metrics is not None:
+                self.metrics.observe(scores)
         return list(itertools.chain.from_iterable(scores))
+
+    def _drift_is_due(self) -> bool:
+        return next(self._stale) % self.config.drift_every == 0
+
+    def _forget_other_versions(self) -> None:
+        """Called after a reload, and by each request that was under way then and may have kept a state since."""
+        version = self._loaded.version
+        self.cache.clear(keep=lambda key: key[0] == version)
+        if self.spill is not None:
+            self.spill.clear(keep=lambda key: key[0] == version)

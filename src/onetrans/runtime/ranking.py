@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from onetrans.runtime.cache.fingerprint import RunningHash, context_digest
 from onetrans.runtime.cache.lookup import Held, Kind, Lookup, Policy, look_up
 from onetrans.runtime.cache.spill import SpillFile
 from onetrans.runtime.cache.state_cache import Key, Lease, StateCache
+
+log = logging.getLogger(__name__)
 
 Inputs = dict[str, NDArray[Any]]
 
@@ -164,29 +167,34 @@ class Pass:
 
     def run(self) -> list[Scores]:
         """Ranks. What was computed is kept as soon as it is whole, even if a later step fails."""
-        everyone = range(len(self.encoded))
         with self.cache.use([one.key for one in self.encoded if one.key is not None]) as lease:
-            found = [self._look_up(lease, one) for one in self.encoded]
-            loaded = [u for u in everyone if found[u].spilled]
-            moved = [u for u in everyone if any(found[u].drop)]
-            checked = [u for u in everyone if found[u].kind == "stale" and u not in loaded and self.measures_drift()]
-            needing = [u for u in everyone if found[u].held is None or u in {*loaded, *moved, *checked}]
-            spare = dict(zip(needing, lease.take(len(needing)), strict=True))
-            for user in loaded:
-                found[user] = self._load(lease, user, found[user], spare[user])
-            fresh = [u for u in everyone if found[u].held is None]
-            slots = [spare[u] if u in {*fresh, *moved} else _held(found[u]).slot for u in everyone]
-            self._compute("prefill", fresh, found, slots)
-            self._commit(lease, fresh, found, slots)
-            for user in moved:
-                self.pool.copy(_held(found[user]).slot, slots[user], found[user].drop)
-            renewed = [u for u in everyone if found[u].held is not None and found[u].recompute]
-            self._compute("append", renewed, found, slots)
-            # A moved state that is about to be replaced by the exact one is in that one's slot: it is not kept.
-            self._commit(lease, [u for u in renewed if not (u in checked and u in moved)], found, slots)
-            logits = self._decode("decode", list(everyone), slots)
-            drift = {u: self._drift(lease, u, found[u], spare[u], logits) for u in checked}
-            self._spill(lease)
+            try:
+                return self._rank(lease)
+            finally:
+                self._spill(lease)
+
+    def _rank(self, lease: Lease) -> list[Scores]:
+        everyone = range(len(self.encoded))
+        found = [self._look_up(lease, one) for one in self.encoded]
+        loaded = [u for u in everyone if found[u].spilled]
+        moved = [u for u in everyone if any(found[u].drop)]
+        checked = [u for u in everyone if found[u].kind == "stale" and u not in loaded and self.measures_drift()]
+        needing = [u for u in everyone if found[u].held is None or u in {*loaded, *moved, *checked}]
+        spare = dict(zip(needing, lease.take(len(needing)), strict=True))
+        for user in loaded:
+            found[user] = self._load(lease, user, found[user], spare[user])
+        fresh = [u for u in everyone if found[u].held is None]
+        slots = [spare[u] if u in {*fresh, *moved} else _held(found[u]).slot for u in everyone]
+        self._compute("prefill", fresh, found, slots)
+        self._commit(lease, fresh, found, slots)
+        for user in moved:
+            self.pool.copy(_held(found[user]).slot, slots[user], found[user].drop)
+        renewed = [u for u in everyone if found[u].held is not None and found[u].recompute]
+        self._compute("append", renewed, found, slots)
+        # A moved state that is about to be replaced by the exact one is in that one's slot: it is not kept.
+        self._commit(lease, [u for u in renewed if not (u in checked and u in moved)], found, slots)
+        logits = self._decode("decode", list(everyone), slots)
+        drift = {u: self._drift(lease, u, found[u], spare[u], logits) for u in checked}
         return [
             Scores(
                 logits={task: value[user, :count] for task, value in logits.items()},
@@ -207,7 +215,6 @@ class Pass:
             found = look_up(policy, spilled, one.history, one.context)
             if found.held is not None and not any(found.drop):  # across an anchor a spilled state is not carried
                 return dataclasses.replace(found, spilled=True)
-            spill.forget(one.key)
         return look_up(policy, held, one.history, one.context)
 
     def _load(self, lease: Lease, user: int, look: Lookup, slot: int) -> Lookup:
@@ -225,11 +232,14 @@ class Pass:
         return dataclasses.replace(look, held=held)
 
     def _spill(self, lease: Lease) -> None:
-        """Saves what this pass drove out of the memory, after the scores are known."""
+        """Saves what this pass drove out of the memory, after the scores are known or a step has failed."""
         if self.spill is not None and lease.evicted:
             with self._timed("spill"):
                 for key, held in lease.evicted:
-                    self.spill.put(key, held, self.pool.read(held.slot))
+                    try:
+                        self.spill.put(key, held, self.pool.read(held.slot))
+                    except Exception as error:  # a state that is lost costs a prefill, not this request
+                        log.warning("a state could not be spilled: %s", error)
 
     def _compute(self, graph: str, users: list[int], found: Sequence[Lookup], slots: Sequence[int]) -> None:
         if not users:
@@ -245,6 +255,9 @@ class Pass:
     def _commit(self, lease: Lease, users: list[int], found: Sequence[Lookup], slots: Sequence[int]) -> None:
         for user in users:
             self._keep(lease, user, found[user], slots[user], found[user].crossings)
+            key = self.encoded[user].key
+            if self.spill is not None and key is not None:
+                self.spill.forget(key)  # an older one
 
     def _keep(self, lease: Lease, user: int, look: Lookup, slot: int, crossings: int) -> None:
         one = self.encoded[user]

@@ -28,7 +28,7 @@ def keep_rows(program: Program) -> tuple[Program, tuple[str, ...]]:
         if source is not None:
             copies[node] = copies[source]
             gone.append(node.name)
-        elif node.target is torch.sym_min:
+        elif node.target is torch.sym_min and isinstance(node.args[0], fx.Node):
             copies[node] = copies[node.args[0]]
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])

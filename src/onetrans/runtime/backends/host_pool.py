@@ -27,7 +27,7 @@ class HostPool(StatePool):
         self._scratch = _Scratch()
         try:
             self.slabs = {name: _zeros(tensor, slots) for name, tensor in self.tensors.items()}
-        except MemoryError as error:
+        except (MemoryError, ValueError) as error:  # numpy's word for more than an address can hold
             raise MissingDependencyError(
                 f"{self.nbytes} bytes for {slots} user states cannot be allocated; lower the state memory"
             ) from error
@@ -83,6 +83,8 @@ class HostPool(StatePool):
                 else:
                     first, last = int(held[user, tensor.window]), int(made["lengths"][user, tensor.window])
                     self.slabs[name][slot, first:last] = made[name][user, : last - first]
+                    if last == 0:
+                        self.slabs[name][slot, 0] = 0  # read, masked, where the window is empty: must be finite
 
     def copy(self, source: int, target: int, drop: Sequence[int]) -> None:
         """See `StatePool.copy`."""

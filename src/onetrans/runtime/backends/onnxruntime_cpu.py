@@ -38,7 +38,7 @@ class OnnxRuntimeCpu(Backend):
 
     One user's graphs read and write the slabs themselves. Several users are padded together: decode of 4 users with 10
     candidates each takes half the time of 4 decodes (OneTrans-S), since weights are read once; but only users whose
-    sizes are within a factor of two, so that padding never costs more than it saves.
+    windows, and whose new events or candidates, are within a factor of two, so that padding costs less than it saves.
     """
 
     device = "cpu"
@@ -93,7 +93,7 @@ class OnnxRuntimeCpu(Backend):
                 f"{self.bundle.path} has no append graph: its {self.manifest.merge} merge always prefills"
             )
         made = []
-        for users in alike(inputs["history_length"]):
+        for users in alike(inputs["history_length"], _windows(pool, slots)):
             part = _of_users(inputs, users)
             into = [slots[u] for u in users]
             past = pool.gather([name.removeprefix("past_") for name in self._reads("append", "past_")], into)
@@ -109,7 +109,7 @@ class OnnxRuntimeCpu(Backend):
         assert isinstance(pool, HostPool)
         U, C = len(counts), int(counts.max())
         logits = {task: np.zeros((U, C), np.float32) for task in self.manifest.tasks}
-        for users in alike(counts):
+        for users in alike(counts, _windows(pool, slots)):
             most = int(counts[users].max())
             own = {
                 name: value[users][:, :most] if name.startswith("candidate_") else value[users]
@@ -150,15 +150,27 @@ class OnnxRuntimeCpu(Backend):
         self._sessions[name].run_with_iobinding(binding)
 
 
-def alike(sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Users in groups, largest first, whose sizes are within a factor of two of their group's largest."""
+def alike(*sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Users in groups whose sizes, of each kind, are within a factor of two of their group's largest."""
+    groups = [np.arange(len(sizes[0]))]
+    for kind in sizes:
+        groups = [part for group in groups for part in _alike(group, kind)]
+    return groups
+
+
+def _alike(users: NDArray[np.int64], sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     groups: list[list[int]] = []
-    for user in np.argsort(-sizes, kind="stable"):
+    for user in users[np.argsort(-sizes[users], kind="stable")]:
         if groups and 2 * sizes[user] >= sizes[groups[-1][0]]:
             groups[-1].append(int(user))
         else:
             groups.append([int(user)])
     return [np.sort(np.array(group, dtype=np.int64)) for group in groups]
+
+
+def _windows(pool: HostPool, slots: Sequence[int]) -> NDArray[np.int64]:
+    """Tokens of each user's first window, the widest [U]."""
+    return np.array([pool.lengths(slot)[0] for slot in slots], dtype=np.int64)
 
 
 def _of_users(inputs: Arrays, users: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

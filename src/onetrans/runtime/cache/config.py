@@ -23,8 +23,8 @@ class CacheConfig:
         state_memory: Bytes for all states, cached and being computed. 0 caches nothing.
         working: Users computed at a time, by all threads together; each takes a slot of that memory. Never more than a
             quarter of the slots.
-        ttl: Seconds after which a state is no longer used, counted from when it was last computed: by a prefill, or an
-            append, which checks the whole history. None for no limit.
+        ttl: Seconds after which a state is no longer used, counted from when something of it was last computed (by a
+            prefill, an append or for another context); a plain reuse does not prolong it. None for no limit.
         reuse: `exact`: scores are those of a fresh prefill. `stale`: a state is carried across anchors, which moves the
             scores; the drift is measured.
         stale_crossings: Anchors that a stale state is carried across at most.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -80,15 +81,17 @@ class SpillFile:
         if self.slots < 1:
             raise ConfigError(f"spill memory of {size} bytes holds no state of {offset} bytes; give at least {offset}")
         try:
-            descriptor, path = tempfile.mkstemp(prefix=".onetrans-states-", dir=folder)
-            os.unlink(path)
-            os.posix_fallocate(descriptor, 0, self.slots * offset)
-        except OSError as error:
+            with contextlib.ExitStack() as undo:
+                self._file = undo.enter_context(
+                    tempfile.TemporaryFile(prefix=".onetrans-states-", dir=folder, buffering=0)
+                )
+                os.posix_fallocate(self._file.fileno(), 0, self.slots * offset)
+                undo.pop_all()
+        except (OSError, OverflowError) as error:
             raise JobError(
-                f"{folder} cannot take a file of {self.slots * offset} bytes for spilled states: {error.strerror};"
-                " name another folder or give less spill memory"
+                f"{folder} cannot take a file of {self.slots * offset} bytes for spilled states ({error}); name another"
+                " folder or give less spill memory"
             ) from error
-        self._file = os.fdopen(descriptor, "rb+", buffering=0)
         self._held: OrderedDict[Key, _Spilled] = OrderedDict()
         self._free = list(reversed(range(self.slots)))
         self._lock = threading.Lock()
@@ -115,7 +118,8 @@ class SpillFile:
         """Writes a state that `StatePool.read` gave.
 
         Returns:
-            False where it was not: a value is too large for half precision, or the disk failed, which is logged.
+            False where it was not: a value is too large for half precision, every slot is being read or written, or the
+            disk failed, which is logged.
         """
         values = {}
         for name, place in self._places.items():
@@ -125,10 +129,12 @@ class SpillFile:
                 return False
             values[name] = value
         slot = self._reserve(key)
+        if slot is None:
+            return False
         try:
             for name, value in values.items():
                 os.pwrite(self._file.fileno(), value.data, slot * self.bytes_per_user + self._places[name].offset)
-        except OSError as error:
+        except Exception as error:
             log.warning("a state could not be spilled: %s", error)
             with self._lock:
                 self._free.append(slot)
@@ -161,13 +167,12 @@ class SpillFile:
                 self._free.append(spilled.slot)
         return spilled is not None
 
-    def clear(self) -> int:
-        """Drops every state; how many."""
+    def clear(self, keep: Callable[[Key], bool] = lambda key: False) -> int:
+        """Drops every state that is not to be kept; how many."""
         with self._lock:
-            count = len(self._held)
-            self._free.extend(spilled.slot for spilled in self._held.values())
-            self._held.clear()
-        return count
+            gone = [key for key in self._held if not keep(key)]
+            self._free.extend(self._held.pop(key).slot for key in gone)
+        return len(gone)
 
     def _read(self, place: _Place, spilled: _Spilled, name: str) -> NDArray[Any]:
         shape = (spilled.rows[name], *place.row) if place.window else place.row
@@ -177,12 +182,12 @@ class SpillFile:
             raise OSError(f"{name} is cut short")
         return value.astype(place.used, copy=False)[None]
 
-    def _reserve(self, key: Key) -> int:
-        """A slot of the file for a key: a free one, or that of the state that was spilled first."""
+    def _reserve(self, key: Key) -> int | None:
+        """A slot of the file for a key: a free one, or that of the state spilled first; None where all are busy."""
         with self._lock:
             old = self._held.pop(key, None)
             if old is not None:
                 return old.slot
-            if not self._free:
-                return self._held.popitem(last=False)[1].slot
-            return self._free.pop()
+            if self._free:
+                return self._free.pop()
+            return self._held.popitem(last=False)[1].slot if self._held else None

@@ -7,11 +7,13 @@ requests against this very class without a backend.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from onetrans.errors import ConfigError, StateError
 from onetrans.runtime.cache.lookup import Held
@@ -59,6 +61,8 @@ class StateCache:
         self._free = list(reversed(range(slots)))
         self._leased: set[int] = set()
         self._busy: set[Key] = set()
+        self._waiting: list[set[Key]] = []
+        self._queue: list[object] = []
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -68,12 +72,17 @@ class StateCache:
     def use(self, keys: Sequence[Key]) -> Iterator[Lease]:
         """Has these users' states for oneself until the end of the block; waits for whoever has one of them now.
 
-        All are taken at once, so two callers never wait for each other.
+        All are taken at once, so two callers never wait for each other; in the order of arrival, so none waits forever.
         """
         wanted = set(keys)
         with self._changed:
-            self._changed.wait_for(lambda: not wanted & self._busy)
-            self._busy |= wanted
+            self._waiting.append(wanted)
+            try:
+                self._changed.wait_for(lambda: not wanted & self._busy and not self._before(wanted))
+                self._busy |= wanted
+            finally:
+                _remove(self._waiting, wanted)
+                self._changed.notify_all()
         lease = Lease(self, wanted)
         try:
             yield lease
@@ -137,6 +146,10 @@ class StateCache:
         """Whether a state's time is over."""
         return self.ttl is not None and self.clock() - held.stored > self.ttl
 
+    def _before(self, wanted: set[Key]) -> bool:
+        """Whether someone who came earlier waits for one of these users."""
+        return any(earlier & wanted for earlier in itertools.takewhile(lambda w: w is not wanted, self._waiting))
+
     def _forget(self, key: Key, why: str) -> bool:
         with self._changed:
             held = self._entries.pop(key, None)
@@ -158,10 +171,16 @@ class StateCache:
             return held
 
     def _take(self, count: int) -> list[int]:
+        turn = object()
         with self._changed:
-            self._changed.wait_for(lambda: len(self._leased) + count <= self.working)
-            taken = [self._free.pop() for _ in range(count)]
-            self._leased.update(taken)
+            self._queue.append(turn)
+            try:  # in turn, since one who needs many would wait forever behind those who need one
+                self._changed.wait_for(lambda: self._queue[0] is turn and len(self._leased) + count <= self.working)
+                taken = [self._free.pop() for _ in range(count)]
+                self._leased.update(taken)
+            finally:
+                _remove(self._queue, turn)
+                self._changed.notify_all()
             return taken
 
     def _commit(self, lease: Lease, key: Key, held: Held) -> bool:
@@ -173,7 +192,10 @@ class StateCache:
                     self.counts["turned_away"] += 1
                     return False
                 if self.spills:
-                    lease.evicted.append((victim, self._entries.pop(victim)))
+                    gone = self._entries.pop(victim)
+                    lease.evicted.append((victim, gone))
+                    lease.slots.add(gone.slot)
+                    self._leased.add(gone.slot)
                     lease.keys.add(victim)  # until it is saved, nobody else has its user
                     self._busy.add(victim)
                     self.counts["evicted"] += 1
@@ -185,10 +207,13 @@ class StateCache:
             self._entries.move_to_end(key)
             self._leased.discard(held.slot)
             lease.slots.discard(held.slot)
-            lease.slots.update(gone.slot for _, gone in lease.evicted)
-            self._leased.update(gone.slot for _, gone in lease.evicted)
             self._changed.notify_all()
             return True
+
+
+def _remove(waiting: list[Any], one: object) -> None:
+    """Takes out that very object; another may be equal to it."""
+    del waiting[next(index for index, other in enumerate(waiting) if other is one)]
 
 
 class Lease:
