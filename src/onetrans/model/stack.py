@@ -146,7 +146,8 @@ class Block(nn.Module):
         kv = mixed_linear(
             x_UND.reshape(1, U * N, D), self.wkv_s, self.norm1, self.config.eps, self._bias("bkv_s"), None
         )
-        k, v = (self._heads(part.contiguous()) for part in kv.view(U, N, 2 * D).chunk(2, dim=-1))
+        H = self.config.heads
+        k, v = (part.contiguous() for part in kv.view(U, N, 2 * H, D // H).chunk(2, dim=2))
         return state_value(k, f"k{self.index}"), state_value(v, f"v{self.index}")
 
     def history(

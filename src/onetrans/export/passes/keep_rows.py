@@ -11,6 +11,7 @@ from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.program import Program
 
 aten = torch.ops.aten
+Q_START = 3  # of onetrans.history_attention
 VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 
 
@@ -33,6 +34,13 @@ def keep_rows(program: Program) -> tuple[Program, tuple[str, ...]]:
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
             copies[node].meta = dict(node.meta)
+    zeros: fx.Node | None = None
+    for node in list(graph.nodes):
+        if str(node.target) == "onetrans.history_attention.default":
+            if zeros is None:  # every layer's first query is the first new token
+                with graph.inserting_before(node):
+                    zeros = graph.call_function(aten.zeros_like.default, (node.args[Q_START],))
+            node.args = (*node.args[:Q_START], zeros, *node.args[Q_START + 1 :])
     with program.placeholders()[0].meta["val"].fake_mode:
         for node in graph.nodes:
             if node.op == "call_function":
