@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import hashlib
 import logging
 import re
 import warnings
@@ -69,6 +69,7 @@ def lower(program: Program, outputs: Sequence[TensorSpec], name: str) -> ir.Mode
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     _clean(model, {str(symbol): dim for symbol, dim in program.symbols().items()})
+    _name_constants(model.graph)
     _rename(model.graph.inputs, program.inputs)
     _rename(model.graph.outputs, outputs)
     model.producer_name, model.producer_version = "onetrans-export", ""
@@ -142,6 +143,22 @@ def _share_sizes(graph: ir.Graph) -> None:
             node.outputs[0].replace_all_uses_with(same)
 
 
+def _name_constants(graph: ir.Graph) -> None:
+    """Names what the exporter folded and numbered by its content, so that graphs share it."""
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < INLINE_BYTES or not re.fullmatch(r"val_\d+", name):
+            continue
+        digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode() + tensor.numpy().tobytes()).hexdigest()
+        named = f"constant_{digest[:16]}"
+        del graph.initializers[name]
+        if named in graph.initializers:
+            value.replace_all_uses_with(graph.initializers[named])
+        else:
+            value.name = named
+            graph.initializers[named] = value
+
+
 def _rename(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
     for value, spec in zip(values, specs, strict=True):
         value.name = spec.name
@@ -156,24 +173,18 @@ def external_weights(models: Mapping[str, ir.Model]) -> tuple[dict[str, torch.Te
     """
     tensors: dict[str, torch.Tensor] = {}
     where: dict[tuple[str, str], str] = {}
-    alike: dict[tuple[torch.dtype, torch.Size], list[str]] = {}
     for graph, model in models.items():
-        taken = set(model.graph.initializers)  # equal weights of one graph stay two
         for initializer in model.graph.initializers.values():
             assert initializer.const_value is not None
             assert initializer.name is not None
             if initializer.const_value.nbytes < INLINE_BYTES:
                 continue
             value = _as_torch(initializer.const_value)
-            names = alike.setdefault((value.dtype, value.shape), [])
-            allowed = [name for name in names if name == initializer.name or name not in taken]
-            name = next((name for name in allowed if _same(tensors[name], value)), None)
-            if name is None:
-                others = (f"{initializer.name}.{i}" for i in itertools.count(2))
-                name = next(n for n in itertools.chain([initializer.name], others) if n not in tensors)
-                tensors[name] = value
-                names.append(name)
-            taken.add(name)
+            stem, name, count = initializer.name, initializer.name, 1
+            while name in tensors and not _same(tensors[name], value):
+                count += 1
+                name = f"{stem}.{count}"
+            tensors[name] = value
             where[graph, initializer.name] = name
     return tensors, where
 
@@ -187,10 +198,6 @@ def serialise(model: ir.Model, names: Mapping[str, str], offsets: Mapping[str, t
         offsets: Tensor to (offset, length) in that file, bytes.
         file: The weights file, beside the model.
     """
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if value.name in names.values():  # a weight of another graph has this name
-                value.name = f"{value.name}_made"
     for initializer in list(model.graph.initializers.values()):
         assert initializer.name is not None
         if initializer.name not in names:
@@ -224,7 +231,7 @@ def _as_torch(tensor: Any) -> torch.Tensor:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+    return a.dtype == b.dtype and a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
 @contextlib.contextmanager
