@@ -1,4 +1,4 @@
-"""States that left the pool, in a file: loading one takes a fifth to a tenth of its prefill (OneTrans-S, cold disk)."""
+"""States that left the pool, in a file: loading one takes a quarter to a tenth of its prefill (OneTrans-S, cold)."""
 
 from __future__ import annotations
 
