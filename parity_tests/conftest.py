@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,6 +23,11 @@ from onetrans.features.schema import FeatureSchema
 from onetrans.model.checkpoint import random_model, save_checkpoint
 from onetrans.model.onetrans import OneTrans
 from onetrans.model.presets import preset
+from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from onetrans.runtime.bundle import Bundle
+
+if TYPE_CHECKING:
+    from parity_tests.states import Reference
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 MAIN = (sys.executable, "-m", "onetrans.cli.main")
@@ -139,3 +144,17 @@ def as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Columns as one dict of plain values per row."""
     plain = {name: np.asarray(column).tolist() for name, column in columns.items()}
     return [dict(zip(plain, row, strict=True)) for row in zip(*plain.values(), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_bundle: Path) -> OnnxRuntimeCpu:
+    """The tiny bundle's, with one thread."""
+    return OnnxRuntimeCpu(Bundle.open(tiny_bundle), threads=1)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: OneTrans) -> Reference:
+    """The tiny model's one pass in float64, and the bound."""
+    from parity_tests.states import Reference  # it imports this file
+
+    return Reference(tiny_model)

@@ -15,17 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from onetrans.errors import DataError, MissingDependencyError
 from onetrans.features.requests import Request
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.metrics import Metrics
 from parity_tests.states import cached, people, rank, upto
 
 KINDS = ("reuse", "append", "prefill", "stale")
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-@pytest.fixture(scope="module")
-def backend(tiny_bundle: Path) -> OnnxRuntimeCpu:
-    return OnnxRuntimeCpu(Bundle.open(tiny_bundle), threads=1)
 
 
 @pytest.fixture(scope="module")

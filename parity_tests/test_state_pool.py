@@ -11,7 +11,6 @@ import pytest
 
 from onetrans.errors import StateError
 from onetrans.features.requests import Request
-from onetrans.model.onetrans import OneTrans
 from onetrans.runtime import Ranker
 from onetrans.runtime.backends.host_pool import HostPool
 from onetrans.runtime.bundle import Bundle
@@ -48,11 +47,6 @@ def backend(opened: Bundle) -> Watched:
 def nothing_fails(backend: Watched) -> Iterator[None]:
     yield
     backend.ran = lambda graph: None
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_model: OneTrans) -> Reference:
-    return Reference(tiny_model)
 
 
 @pytest.fixture(scope="module")

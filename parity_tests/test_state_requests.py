@@ -40,16 +40,6 @@ NAMES = [f"user{n}" for n in range(10)]
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model: OneTrans) -> Reference:
-    return Reference(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def backend(tiny_bundle: Path) -> OnnxRuntimeCpu:
-    return OnnxRuntimeCpu(Bundle.open(tiny_bundle), threads=1)
-
-
-@pytest.fixture(scope="module")
 def lives(backend: OnnxRuntimeCpu) -> dict[str, Request]:
     return people(backend.manifest.schema, NAMES, candidates=200)
 

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from onetrans.features.requests import Request
-from onetrans.model.onetrans import OneTrans
 from onetrans.runtime import Ranker, Scores
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from onetrans.runtime.bundle import Bundle
 from parity_tests.states import Reference, cached, difference, held_of, people, rank, rank_new, same_bits, upto
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_model: OneTrans) -> Reference:
-    return Reference(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def backend(tiny_bundle: Path) -> OnnxRuntimeCpu:
-    return OnnxRuntimeCpu(Bundle.open(tiny_bundle), threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from onetrans.features.requests import Request
-from onetrans.model.onetrans import OneTrans
 from onetrans.runtime import Ranker, Scores
 from onetrans.runtime.backends.base import StatePool
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -65,11 +64,6 @@ class Exclusive(OnnxRuntimeCpu):
 @pytest.fixture(scope="module")
 def opened(tiny_bundle: Path) -> Bundle:
     return Bundle.open(tiny_bundle)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_model: OneTrans) -> Reference:
-    return Reference(tiny_model)
 
 
 @pytest.fixture(scope="module")
