@@ -264,6 +264,25 @@ def test_states_of_other_weights_are_never_used(tiny_bundle: Path, lives: dict[s
     assert same_bits(rank(ranker, upto(lives["user0"], 70, 5)).logits, old[0].logits)
 
 
+def test_a_request_under_way_leaves_no_state_of_the_old_version(
+    tiny_bundle: Path, lives: dict[str, Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = retrained(tiny_bundle, tmp_path / "newer")
+    ranker = Ranker.open(tiny_bundle, threads=1)
+    decode, reloads = ranker.backend.decode, []
+
+    def reload_first(*args: Any) -> Any:
+        ranker.reload(newer)
+        reloads.append(newer)
+        return decode(*args)
+
+    monkeypatch.setattr(ranker.backend, "decode", reload_first)
+    rank(ranker, upto(lives["user0"], 70, 3))
+    assert reloads == [newer]
+    assert ranker.cache.held() == {}  # what the request made after the reload is of the old version
+    ranker.check_integrity()
+
+
 def test_the_same_bundle_again_keeps_its_states(ranker: Ranker, lives: dict[str, Request], bundle: Path) -> None:
     rank(ranker, upto(lives["user0"], 70, 3))
     ranker.reload(bundle)
