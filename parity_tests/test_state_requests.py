@@ -268,15 +268,16 @@ def test_a_request_under_way_leaves_no_state_of_the_old_version(
     tiny_bundle: Path, lives: dict[str, Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newer = retrained(tiny_bundle, tmp_path / "newer")
-    ranker = Ranker.open(tiny_bundle, threads=1)
-    decode, reloads = ranker.backend.decode, []
+    one = Bundle.open(tiny_bundle).manifest.bytes_per_user
+    ranker = Ranker.open(tiny_bundle, threads=1, cache=CacheConfig(state_memory=4 * one))
+    prefill, reloads = ranker.backend.prefill, []
 
     def reload_first(*args: Any) -> Any:
         ranker.reload(newer)
         reloads.append(newer)
-        return decode(*args)
+        return prefill(*args)
 
-    monkeypatch.setattr(ranker.backend, "decode", reload_first)
+    monkeypatch.setattr(ranker.backend, "prefill", reload_first)
     rank(ranker, upto(lives["user0"], 70, 3))
     assert reloads == [newer]
     assert ranker.cache.held() == {}  # what the request made after the reload is of the old version
