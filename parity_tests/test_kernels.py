@@ -56,7 +56,7 @@ def test_history_attention_is_lower_right_causal_over_valid_tokens(lengths, quer
             past_k[u, past_lengths[u] :] = float("nan")
             past_v[u, past_lengths[u] :] = float("nan")
         past = (past_k, past_v, past_length)
-    out = history_attention_reference(q, k, v, q_start, *past)
+    out = history_attention_reference(q, k, v, q_start, torch.tensor(lengths), *past)
     for u, n in enumerate(lengths):
         for i in range(min(queries, n)):
             last = int(q_start[u]) + i
@@ -143,7 +143,7 @@ def operands(dtype=DOUBLE):
         return torch.randn(shape, dtype=dtype).requires_grad_()
 
     U, H, E, W, P, C = 2, 2, 3, 4, 3, 2
-    history = (leaf(U, 2, H, E), leaf(U, 3, H, E), leaf(U, 3, H, E), torch.tensor([1, 0]))
+    history = (leaf(U, 2, H, E), leaf(U, 3, H, E), leaf(U, 3, H, E), torch.tensor([1, 0]), torch.tensor([3, 2]))
     past = (leaf(U, W, H, E), leaf(U, W, H, E), torch.tensor([4, 1]))
     rows = [leaf(P, U * C, H * E) for _ in range(3)]
     segment = ([leaf(U, W, H, E)], [leaf(U, W, H, E)], [torch.tensor([4, 0])])

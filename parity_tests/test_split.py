@@ -87,7 +87,7 @@ def test_an_empty_past_leaves_nothing_behind(captured):
     with_past = [] if append is None else [n for n in append.module.graph.nodes if "attention" in str(n.target)]
     for node in attentions:
         if "history" in str(node.target):
-            assert len(node.args) == 4 or node.args[4] is None
+            assert len(node.args) == 5 or node.args[5] is None
         else:
             assert len(node.args[3]) == len(node.args[4]) == len(node.args[5])
             assert len(node.args[3]) <= (2 if variant.startswith("group_wise") else 1)

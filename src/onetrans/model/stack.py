@@ -164,7 +164,7 @@ class Block(nn.Module):
         bias = self._bias("bq_s")
         q = mixed_linear(x, self.wq_s * scale, self.norm1, c.eps, None if bias is None else bias * scale, None)
         past_args = (None, None, None) if past is None else (past.k, past.v, past.length)
-        out = history_attention(self._heads(q.view(U, N, D)), k, v, window.q_start, *past_args)
+        out = history_attention(self._heads(q.view(U, N, D)), k, v, window.q_start, window.new_length, *past_args)
         out = out.reshape(1, U * N, D)
         x = x + out if c.output_projection == "none" else mixed_linear(out, self.wo_s, None, c.eps, None, x)
         x = mixed_ffn(

@@ -11,7 +11,7 @@ from torch import fx
 from onetrans.errors import ExportError
 from onetrans.export.program import Program
 
-HISTORY_PAST = slice(4, 7)  # past_k, past_v, past_length of onetrans.history_attention
+HISTORY_PAST = slice(5, 8)  # past_k, past_v, past_length of onetrans.history_attention
 SEGMENTS = slice(3, 6)  # keys, values, lengths of onetrans.candidate_attention
 PAST_LENGTHS = "past_lengths"  # a `state_value`: tokens of the past that each layer sees
 

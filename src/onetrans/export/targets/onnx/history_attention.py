@@ -22,11 +22,15 @@ def history_attention(
     k: Value,
     v: Value,
     q_start: Value,
+    length: Value,
     past_k: Value | None = None,
     past_v: Value | None = None,
     past_length: Value = None,
 ) -> Value:
-    """Lower-right causal attention of q [U, Nq, H, E]; see `onetrans.kernels.history_attention`."""
+    """Lower-right causal attention of q [U, Nq, H, E]; see `onetrans.kernels.history_attention`.
+
+    The valid length is implied by causality for every row that is read.
+    """
     H, E = int(q.shape[2]), int(q.shape[3])
     last = op.Add(op.Unsqueeze(q_start, ints(1)), positions(size(q, 1)))
     visible = op.LessOrEqual(positions(size(k, 1)), op.Unsqueeze(last, ints(1, 3)))

@@ -13,6 +13,7 @@ def history_attention_reference(
     k_UNHE: torch.Tensor,
     v_UNHE: torch.Tensor,
     q_start_U: torch.Tensor,
+    length_U: torch.Tensor,
     past_k_UWHE: torch.Tensor | None = None,
     past_v_UWHE: torch.Tensor | None = None,
     past_length_U: torch.Tensor | None = None,
@@ -28,6 +29,7 @@ def history_attention_reference(
         k_UNHE: Keys of the new tokens [U, N, H, E].
         v_UNHE: Their values [U, N, H, E].
         q_start_U: Index of the first query among the new tokens [U], int64.
+        length_U: Valid new tokens [U], int64, from 0; what is queried beyond them is nobody's.
         past_k_UWHE: Cached keys [U, W, H, E], left-aligned; None in a fresh prefill. Padding may hold anything.
         past_v_UWHE: Cached values, likewise.
         past_length_U: Valid tokens of the past [U], int64, from 0.
@@ -66,12 +68,13 @@ def history_attention_op(
     k: torch.Tensor,
     v: torch.Tensor,
     q_start: torch.Tensor,
+    length: torch.Tensor,
     past_k: torch.Tensor | None = None,
     past_v: torch.Tensor | None = None,
     past_length: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The `torch.library` op; see `history_attention_reference`."""
-    return history_attention_reference(q, k, v, q_start, past_k, past_v, past_length)
+    return history_attention_reference(q, k, v, q_start, length, past_k, past_v, past_length)
 
 
 @history_attention_op.register_fake
@@ -80,6 +83,7 @@ def _(
     k: torch.Tensor,
     v: torch.Tensor,
     q_start: torch.Tensor,
+    length: torch.Tensor,
     past_k: torch.Tensor | None = None,
     past_v: torch.Tensor | None = None,
     past_length: torch.Tensor | None = None,
@@ -96,10 +100,11 @@ def history_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     q_start: torch.Tensor,
+    length: torch.Tensor,
     past_k: torch.Tensor | None = None,
     past_v: torch.Tensor | None = None,
     past_length: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `history_attention_reference`; goes through the op where that is more than the reference (`through_op`)."""
     run = history_attention_op if through_op(q) else history_attention_reference
-    return run(q, k, v, q_start, past_k, past_v, past_length)
+    return run(q, k, v, q_start, length, past_k, past_v, past_length)
