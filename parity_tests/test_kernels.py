@@ -150,7 +150,17 @@ def operands(dtype=DOUBLE):
     return {
         "history_attention": (history_attention_op, history_attention_reference, history),
         "history_attention append": (history_attention_op, history_attention_reference, (*history, *past)),
-        "candidate_attention": (candidate_attention_op, candidate_attention_reference, (*rows, *segment)),
+        "candidate_attention": (candidate_attention_op, candidate_attention_reference, (*rows, *segment, None)),
+        "history_attention slots": (
+            history_attention_op,
+            history_attention_reference,
+            (*history, *past, torch.tensor([1, 0])),
+        ),
+        "candidate_attention slots": (
+            candidate_attention_op,
+            candidate_attention_reference,
+            (*rows, *segment, torch.tensor([1, 0])),
+        ),
         "mixed_linear": (
             mixed_linear_op,
             mixed_linear_reference,
@@ -162,6 +172,28 @@ def operands(dtype=DOUBLE):
             (leaf(2, 3, 4), leaf(2, 4, 8), leaf(2, 8, 4), leaf(4), 1e-6, "gelu", False),
         ),
     }
+
+
+def test_slots_say_where_a_users_state_lies():
+    U, S, W, H, E, P = 2, 4, 6, 2, 3, 2
+    slots, length = torch.tensor([3, 1]), torch.tensor([6, 2])
+    q, k, v, pool_k, pool_v = (
+        randn(U, 2, H, E),
+        randn(U, 2, H, E),
+        randn(U, 2, H, E),
+        randn(S, W, H, E),
+        randn(S, W, H, E),
+    )
+    pool_k[1, 2:], pool_v[1, 2:] = float("nan"), float("nan")
+    past = (pool_k[slots], pool_v[slots], length)
+    zero, two = torch.zeros(U, dtype=torch.int64), torch.full((U,), 2)
+    out = history_attention_reference(q, k, v, zero, two, pool_k, pool_v, length, slots)
+    assert torch.equal(out, history_attention_reference(q, k, v, zero, two, *past))
+    whole = history_attention_reference(q, pool_k, pool_v, length - 2, length, slots_U=slots)
+    assert torch.equal(whole, history_attention_reference(q, *(x.nan_to_num() for x in past[:2]), length - 2, length))
+    rows = [randn(P, U * 3, H * E) for _ in range(3)]
+    out = candidate_attention_reference(*rows, [pool_k], [pool_v], [length], slots)
+    assert torch.equal(out, candidate_attention_reference(*rows, [past[0]], [past[1]], [length]))
 
 
 @pytest.mark.parametrize("name", list(operands()))

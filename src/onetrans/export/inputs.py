@@ -12,6 +12,7 @@ from onetrans.export.passes.drop_past import drop_past
 from onetrans.export.probe import probe_split
 from onetrans.export.program import Program
 from onetrans.export.split import Split
+from onetrans.export.subgraph import dtype_name
 from onetrans.features.encode import TensorSpec, input_specs
 from onetrans.features.schema import Feature
 from onetrans.model.config import ModelConfig
@@ -32,14 +33,18 @@ def capture_model(model: OneTrans, config: ExportConfig) -> tuple[Program, Progr
     if c.merge != "time" or c.append_chunk == 1:
         return capture(model, (user, candidate, None), order, bounds, c.tasks), None
     past, past_specs = [], []
+    dtype = model.norm.dtype
     for layer in range(c.layers):
         width = f"W{layer}"
         bounds[width] = (1, c.window_bounds[layer])
         shape = (SIZES["U"], 7 + layer, c.heads, c.head_dim)
-        past.append((torch.randn(shape), torch.randn(shape)))
+        past.append((torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)))
         past_specs += [
             TensorSpec(
-                name=f"past_{kind}{layer}", dtype="float32", dims=("U", width, c.heads, c.head_dim), scope="user"
+                name=f"past_{kind}{layer}",
+                dtype=dtype_name(dtype),
+                dims=("U", width, c.heads, c.head_dim),
+                scope="user",
             )
             for kind in ("k", "v")
         ]

@@ -10,7 +10,14 @@ from torch import fx
 from onetrans.errors import ExportError
 from onetrans.export.program import Program
 from onetrans.export.scope import is_size
-from onetrans.features.encode import TensorSpec
+from onetrans.features.encode import DType, TensorSpec
+
+DTYPES: dict[torch.dtype, DType] = {
+    torch.int64: "int64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 
 
 def subgraph(
@@ -83,10 +90,14 @@ def tensor_spec(program: Program, node: fx.Node, name: str) -> TensorSpec:
     """
     value = node.meta["val"]
     dims = tuple(dim_name(size, program.symbols()) for size in value.shape)
-    dtype = str(value.dtype).removeprefix("torch.")
-    if dtype not in ("int64", "float32", "float16", "bfloat16"):
-        raise ExportError(f"{name} crosses the cut as {dtype}; a state holds int64 or floats of 16 or 32 bits")
-    return TensorSpec(name=name, dtype=dtype, dims=dims, scope="user")  # type: ignore[arg-type]
+    if value.dtype not in DTYPES:
+        raise ExportError(f"{name} crosses the cut as {value.dtype}; a state holds int64 or floats of 16 or 32 bits")
+    return TensorSpec(name=name, dtype=dtype_name(value.dtype), dims=dims, scope="user")
+
+
+def dtype_name(dtype: torch.dtype) -> DType:
+    """The name of a dtype that a graph input may have."""
+    return DTYPES[dtype]
 
 
 def dim_name(size: int | torch.SymInt, symbols: dict[Any, str]) -> str | int:

@@ -17,7 +17,7 @@ from onetrans.features.columns import Array, Columns, Place, parse_columns, rows
 from onetrans.features.merge import TokenColumns
 from onetrans.features.schema import Feature, FeatureSchema, Scope
 
-DType = Literal["int64", "float32"]
+DType = Literal["int64", "float32", "float16", "bfloat16"]
 CandidatesLike = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
@@ -27,7 +27,7 @@ class TensorSpec:
 
     Attributes:
         name: `event_…`, `history_…`, `user_…` or `candidate_…`.
-        dtype: Ids and lengths are int64, numbers float32.
+        dtype: Ids and lengths are int64, numbers float32; state may be of half precision.
         dims: Symbols `U`, `L`, `C` and fixed widths.
         scope: When the value is known.
     """

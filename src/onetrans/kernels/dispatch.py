@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch._library.custom_ops import CustomOpDef
 
+HALF = (torch.float16, torch.bfloat16)  # what the Triton kernels take
+
 
 def through_op(x: torch.Tensor) -> bool:
     """Whether to call the op itself: in a capture, which must see it, and on a GPU.

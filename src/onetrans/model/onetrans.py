@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from onetrans.kernels import state_value
-from onetrans.kernels.mixed_linear import rms_norm
 from onetrans.model.config import ModelConfig
 from onetrans.model.stack import Stack, StackConfig
 from onetrans.model.tokenizers import MLP, AutoSplitTokenizer, Embeddings, EventTokenizer, GroupWiseTokenizer
@@ -79,12 +79,12 @@ class OneTrans(nn.Module):
 
     def _pool(self, user_PUD: torch.Tensor | None, candidate_PBD: torch.Tensor, U: int) -> torch.Tensor:
         eps, pooling = self.config.eps, self.config.head_pooling
-        candidate_PBD = rms_norm(candidate_PBD, self.norm, eps)
+        candidate_PBD = F.rms_norm(candidate_PBD, self.norm.shape, self.norm, eps)
         P, B, D = candidate_PBD.shape
         C = B // U
         if pooling == "last":
             return candidate_PBD[-1].view(U, C, D)
-        user_PUD = None if user_PUD is None else rms_norm(user_PUD, self.norm, eps)
+        user_PUD = None if user_PUD is None else F.rms_norm(user_PUD, self.norm.shape, self.norm, eps)
         if pooling == "mean":
             total = candidate_PBD.sum(0).view(U, C, D)
             if user_PUD is not None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import fx
 
 from onetrans.export.program import Program
 
 
 def remove_dead_code(program: Program) -> tuple[Program, tuple[str, ...]]:
-    """Keeps the placeholders and what the outputs need; returns the names of the computations that went.
+    """Keeps the placeholders, what the outputs need and what writes into an input; returns the names of what went.
 
     Asserts that the exporter wrote down have no users and go too; they are not computations and are not named.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     needed: set[fx.Node] = set()
-    pending = program.results()
+    pending = program.results() + [node for node in program.module.graph.nodes if _writes(node)]
     while pending:
         node = pending.pop()
         if node not in needed:
@@ -32,3 +33,7 @@ def remove_dead_code(program: Program) -> tuple[Program, tuple[str, ...]]:
             dead.append(node.name)
     module = fx.GraphModule(program.module, graph)
     return dataclasses.replace(program, module=module), tuple(dead)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -41,7 +41,7 @@ def drop_past(program: Program, past: Collection[str]) -> Program:
         elif str(node.target) == "onetrans.candidate_attention.default":
             kept = [i for i, key in enumerate(node.args[SEGMENTS.start]) if key not in gone]
             segments = [[part[i] for i in kept] for part in node.args[SEGMENTS]]
-            node.args = (*node.args[: SEGMENTS.start], *segments)
+            node.args = (*node.args[: SEGMENTS.start], *segments, *node.args[SEGMENTS.stop :])
         elif node.target is torch.ops.aten.sub.Tensor and _is_past_length(node.args[1]):
             node.replace_all_uses_with(node.args[0])
             loose.add(node)

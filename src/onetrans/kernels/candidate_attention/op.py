@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from onetrans.kernels.autograd import compute_dtype, differentiate_by_reference
-from onetrans.kernels.dispatch import autocast_to_bfloat16, through_op
+from onetrans.kernels.dispatch import HALF, autocast_to_bfloat16, through_op
 
 
 def candidate_attention_reference(
@@ -17,6 +17,7 @@ def candidate_attention_reference(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     lengths: Sequence[torch.Tensor],
+    slots_U: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One softmax over the user's segments and the candidate's own causal block; the segments are read once per user.
 
@@ -30,6 +31,7 @@ def candidate_attention_reference(
         keys: The user's key segments, each [U, W_i, H, E], left-aligned; padding may hold anything.
         values: The user's value segments, likewise.
         lengths: Valid tokens of each segment, each [U] int64, from 0.
+        slots_U: Where the last segment is a pool of states [slots, W, H, E], the slot of each user [U], int64.
 
     Returns:
         [P, U·C, H·E] in q's dtype.
@@ -38,8 +40,10 @@ def candidate_attention_reference(
     """
     wide = compute_dtype(q_PBD)
     P, B, D = q_PBD.shape
-    U, _, H, E = keys[0].shape
+    U, (H, E) = lengths[0].shape[0], keys[0].shape[2:]
     C = B // U
+    if slots_U is not None:
+        keys, values = [*keys[:-1], keys[-1][slots_U]], [*values[:-1], values[-1][slots_U]]
 
     def heads(x_PBD: torch.Tensor) -> torch.Tensor:
         return x_PBD.to(wide).view(P, U, C, H, E).permute(1, 3, 2, 0, 4)
@@ -73,9 +77,30 @@ def candidate_attention_op(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     lengths: Sequence[torch.Tensor],
+    slots: torch.Tensor | None,
 ) -> torch.Tensor:
     """The `torch.library` op; see `candidate_attention_reference`."""
-    return candidate_attention_reference(q, k, v, keys, values, lengths)
+    return candidate_attention_reference(q, k, v, keys, values, lengths, slots)
+
+
+@candidate_attention_op.register_kernel("cuda")
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    lengths: Sequence[torch.Tensor],
+    slots: torch.Tensor | None,
+) -> torch.Tensor:
+    """The Triton kernel in float16 and bfloat16; full precision, as of the gold and in training, is the reference's."""
+    if q.dtype not in HALF:
+        return candidate_attention_reference(q, k, v, keys, values, lengths, slots)
+    from onetrans.kernels.candidate_attention.kernel import candidate_attention_triton
+
+    with torch.cuda.device(q.device):
+        out: torch.Tensor = candidate_attention_triton(q, k, v, keys, values, lengths, slots)
+        return out
 
 
 @candidate_attention_op.register_fake
@@ -86,6 +111,7 @@ def _(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     lengths: Sequence[torch.Tensor],
+    slots: torch.Tensor | None,
 ) -> torch.Tensor:
     return q.new_empty(q.shape)
 
@@ -101,7 +127,8 @@ def candidate_attention(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     lengths: Sequence[torch.Tensor],
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `candidate_attention_reference`; goes through the op where that is more than the reference (`through_op`)."""
     run = candidate_attention_op if through_op(q) else candidate_attention_reference
-    return run(q, k, v, keys, values, lengths)
+    return run(q, k, v, keys, values, lengths, slots)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from onetrans.kernels.autograd import compute_dtype, differentiate_by_reference
-from onetrans.kernels.dispatch import autocast_to_bfloat16, through_op
+from onetrans.kernels.dispatch import HALF, autocast_to_bfloat16, through_op
 
 
 def history_attention_reference(
@@ -17,6 +17,7 @@ def history_attention_reference(
     past_k_UWHE: torch.Tensor | None = None,
     past_v_UWHE: torch.Tensor | None = None,
     past_length_U: torch.Tensor | None = None,
+    slots_U: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the queried tail over the new tokens of the window and, in an append, over the state before them.
 
@@ -33,12 +34,18 @@ def history_attention_reference(
         past_k_UWHE: Cached keys [U, W, H, E], left-aligned; None in a fresh prefill. Padding may hold anything.
         past_v_UWHE: Cached values, likewise.
         past_length_U: Valid tokens of the past [U], int64, from 0.
+        slots_U: Where the past (without one, k and v) is a pool of states [slots, …], the slot of each user [U], int64.
 
     Returns:
         [U, Nq, H, E] in q's dtype.
 
     Source: arXiv 2510.26104, section 3.4 (pyramid).
     """
+    if slots_U is not None and past_k_UWHE is not None and past_v_UWHE is not None:
+        past_k_UWHE, past_v_UWHE = past_k_UWHE[slots_U], past_v_UWHE[slots_U]
+    elif slots_U is not None:
+        valid_UN = (torch.arange(k_UNHE.shape[1], device=k_UNHE.device) < length_U[:, None])[:, :, None, None]
+        k_UNHE, v_UNHE = (x[slots_U].masked_fill(~valid_UN, 0.0) for x in (k_UNHE, v_UNHE))
     wide = compute_dtype(q_UNHE)
     Nq, N = q_UNHE.shape[1], k_UNHE.shape[1]
     device = q_UNHE.device
@@ -72,9 +79,32 @@ def history_attention_op(
     past_k: torch.Tensor | None = None,
     past_v: torch.Tensor | None = None,
     past_length: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The `torch.library` op; see `history_attention_reference`."""
-    return history_attention_reference(q, k, v, q_start, length, past_k, past_v, past_length)
+    return history_attention_reference(q, k, v, q_start, length, past_k, past_v, past_length, slots)
+
+
+@history_attention_op.register_kernel("cuda")
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_start: torch.Tensor,
+    length: torch.Tensor,
+    past_k: torch.Tensor | None = None,
+    past_v: torch.Tensor | None = None,
+    past_length: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The Triton kernel in float16 and bfloat16; full precision, as of the gold and in training, is the reference's."""
+    if q.dtype not in HALF:
+        return history_attention_reference(q, k, v, q_start, length, past_k, past_v, past_length, slots)
+    from onetrans.kernels.history_attention.kernel import history_attention_triton
+
+    with torch.cuda.device(q.device):
+        out: torch.Tensor = history_attention_triton(q, k, v, q_start, length, past_k, past_v, past_length, slots)
+        return out
 
 
 @history_attention_op.register_fake
@@ -87,6 +117,7 @@ def _(
     past_k: torch.Tensor | None = None,
     past_v: torch.Tensor | None = None,
     past_length: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return q.new_empty(q.shape)
 
@@ -104,7 +135,8 @@ def history_attention(
     past_k: torch.Tensor | None = None,
     past_v: torch.Tensor | None = None,
     past_length: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `history_attention_reference`; goes through the op where that is more than the reference (`through_op`)."""
     run = history_attention_op if through_op(q) else history_attention_reference
-    return run(q, k, v, q_start, length, past_k, past_v, past_length)
+    return run(q, k, v, q_start, length, past_k, past_v, past_length, slots)

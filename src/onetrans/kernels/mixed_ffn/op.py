@@ -6,7 +6,7 @@ import torch
 
 from onetrans.kernels.activations import ACTIVATIONS
 from onetrans.kernels.autograd import differentiate_by_reference
-from onetrans.kernels.dispatch import autocast_to_bfloat16, through_op
+from onetrans.kernels.dispatch import HALF, autocast_to_bfloat16, through_op
 from onetrans.kernels.mixed_linear import rms_norm
 
 
@@ -67,6 +67,28 @@ def mixed_ffn_op(
 ) -> torch.Tensor:
     """The `torch.library` op; see `mixed_ffn_reference`."""
     return mixed_ffn_reference(x, w1, w2, gain, eps, activation, gated, b1, b2)
+
+
+@mixed_ffn_op.register_kernel("cuda")
+def _(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    activation: str,
+    gated: bool,
+    b1: torch.Tensor | None = None,
+    b2: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The Triton kernels in float16 and bfloat16; full precision, of gold and training, is the reference's."""
+    if x.dtype not in HALF:
+        return mixed_ffn_reference(x, w1, w2, gain, eps, activation, gated, b1, b2)
+    from onetrans.kernels.mixed_ffn.kernel import mixed_ffn_triton
+
+    with torch.cuda.device(x.device):
+        out: torch.Tensor = mixed_ffn_triton(x, w1, w2, gain, eps, activation, gated, b1, b2)
+    return out
 
 
 @mixed_ffn_op.register_fake

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from onetrans.kernels.autograd import compute_dtype, differentiate_by_reference
-from onetrans.kernels.dispatch import autocast_to_bfloat16, through_op
+from onetrans.kernels.dispatch import HALF, autocast_to_bfloat16, through_op
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
@@ -59,6 +59,25 @@ def mixed_linear_op(
 ) -> torch.Tensor:
     """The `torch.library` op; see `mixed_linear_reference`."""
     return mixed_linear_reference(x, w, gain, eps, bias, residual)
+
+
+@mixed_linear_op.register_kernel("cuda")
+def _(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    gain: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The Triton kernel in float16 and bfloat16; full precision, of gold and training, is the reference's."""
+    if x.dtype not in HALF:
+        return mixed_linear_reference(x, w, gain, eps, bias, residual)
+    from onetrans.kernels.mixed_linear.kernel import mixed_linear_triton
+
+    with torch.cuda.device(x.device):
+        out: torch.Tensor = mixed_linear_triton(x, w, gain, eps, bias, residual)
+    return out
 
 
 @mixed_linear_op.register_fake

@@ -22,7 +22,13 @@ from onetrans.export.targets.onnx.common import (
 
 
 def candidate_attention(
-    q: Value, k: Value, v: Value, keys: Sequence[Value], values: Sequence[Value], lengths: Sequence[Value]
+    q: Value,
+    k: Value,
+    v: Value,
+    keys: Sequence[Value],
+    values: Sequence[Value],
+    lengths: Sequence[Value],
+    slots: None,
 ) -> Value:
     """One softmax over the user's segments and the own causal block; see `onetrans.kernels.candidate_attention`."""
     P, H, E = int(q.shape[0]), int(keys[0].shape[2]), int(keys[0].shape[3])

@@ -1,0 +1,31 @@
+"""Where kernels are tested: on the GPU where there is one, else in Triton's interpreter on the CPU; and how closely."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+HALVES = [torch.bfloat16, torch.float16]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor full of NaN: what is not written, or read beyond its bounds, shows."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def bound(plain: torch.Tensor, gold: torch.Tensor, summed: torch.Tensor) -> float:
+    """What a kernel may be off by: 1.5 times what plain PyTorch is off by in the same dtype, and one more rounding.
+
+    A kernel rounds what it multiplies (softmax weights, normalised rows) to the dtype where the reference keeps
+    float32; each term is then off by half an ulp at most, so a mean of `summed` by half an ulp of the largest.
+    """
+    error = float((plain.double() - gold).abs().max())
+    return 1.5 * error + torch.finfo(plain.dtype).eps / 2 * float(summed.abs().max())

@@ -1,0 +1,264 @@
+"""Lowers a program to the Triton kernels: state in slabs, and every product by a kernel that no row's company sways."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+import onetrans.kernels.candidate_attention.kernel
+import onetrans.kernels.history_attention.kernel
+import onetrans.kernels.mixed_ffn.kernel
+import onetrans.kernels.mixed_linear.kernel  # noqa: F401  (these four register the ops)
+from onetrans.errors import ExportError
+from onetrans.export.passes.dead_code import remove_dead_code
+from onetrans.export.program import Program
+from onetrans.export.subgraph import dtype_name
+from onetrans.features.encode import TensorSpec
+
+aten = torch.ops.aten
+SLOTS = "slots"
+HISTORY, CANDIDATES, LINEAR = (
+    f"onetrans.{op}.default" for op in ("history_attention", "candidate_attention", "mixed_linear")
+)
+KERNELS = ("history_attention", "candidate_attention", "mixed_linear", "mixed_ffn", "keys_into_state")
+PROJECTION_DEFAULTS = (None, None, None, 1e-6, None, None)  # x, w, gain, eps, bias, residual of mixed_linear
+WINDOW = re.compile(r"[kv]\d+")
+
+
+def lower(program: Program) -> Program:
+    """A prefill, append or decode program over the Triton kernels.
+
+    Its keys and values live in slabs: inputs `slots` [U] int64, and k_state{l} and v_state{l} [slots, W, H, E] for
+    each layer. Prefill and append write them in place and return the rest of the state; all read them in place.
+    Dense layers of tokenizers and heads become mixed_linear with one position, whose rows do not depend on their number
+    as a library's do.
+
+    Args:
+        program: Of `onetrans.export.split`, constants folded; in the dtype it is to run in.
+
+    Raises:
+        ExportError: The program is not one that keeps its state in windows.
+    """
+    program = _state_in_slabs(_layers_apart(_linears(_copy(program))))
+    graph = program.module.graph
+    for node in list(graph.nodes):
+        stem = str(node.target).removeprefix("onetrans.").removesuffix(".default")
+        if stem in KERNELS and str(node.target).startswith("onetrans."):
+            node.target = getattr(torch.ops.onetrans_triton, stem).default
+            for index, argument in enumerate(node.args):
+                if stem == "candidate_attention" and index < 3:
+                    node.update_arg(index, _uncopied(argument))
+    return remove_dead_code(program)[0]
+
+
+def _copy(program: Program) -> Program:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.module.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node].meta = dict(node.meta)
+    return dataclasses.replace(program, module=fx.GraphModule(program.weights(), graph))
+
+
+def _call(place: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """A call before `place`, with its fake value."""
+    with place.graph.inserting_before(place):
+        node = place.graph.call_function(target, args)
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    fakes = [value for value in pytree.tree_leaves(values) if isinstance(value, FakeTensor)]
+    with fakes[0].fake_mode:
+        node.meta["val"] = target(*values)
+    return node
+
+
+def _constant(place: fx.Node, program: Program, name: str, value: torch.Tensor) -> fx.Node:
+    program.module.register_buffer(name, value, persistent=False)
+    with place.graph.inserting_before(place):
+        node = place.graph.get_attr(name)
+    node.meta["val"] = place.meta["val"].fake_mode.from_tensor(value, static_shapes=True)
+    return node
+
+
+def _linears(program: Program) -> Program:
+    """linear(x, W, b) as mixed_linear over one position, W transposed once."""
+    weights = program.weights()
+    graph = program.module.graph
+    for node in list(graph.nodes):
+        if node.target is aten.linear.default and node.args[1].op == "get_attr":
+            x, weight, *rest = node.args
+            stem = str(weight.target).replace(".", "_")
+            w = _constant(node, program, f"{stem}_columns", weights[str(weight.target)].t().contiguous()[None])
+            bias = None
+            if rest and rest[0] is not None:
+                bias = _constant(node, program, f"{stem}_row", weights[str(rest[0].target)][None])
+            shape = x.meta["val"].shape
+            sizes = [_call_size(node, x, i) for i in range(len(shape) - 1)]
+            flat = _call(node, aten.reshape.default, x, [1, -1, shape[-1]])
+            made = _call(node, torch.ops.onetrans.mixed_linear.default, flat, w, None, 1e-6, bias, None)
+            node.replace_all_uses_with(_call(node, aten.view.default, made, [*sizes, w.meta["val"].shape[-1]]))
+            graph.erase_node(node)
+    return program
+
+
+def _call_size(place: fx.Node, x: fx.Node, axis: int) -> fx.Node | int:
+    size = x.meta["val"].shape[axis]
+    return size if isinstance(size, int) else _call(place, aten.sym_size.int, x, axis)
+
+
+def _layers_apart(program: Program) -> Program:
+    """Turns lengths [U, layers] once, so that a layer's are contiguous, as kernels read them, without a copy each."""
+    turned: dict[fx.Node, fx.Node] = {}
+    for node in list(program.module.graph.nodes):
+        if node.target is aten.select.int and node.args[1] == 1 and node.meta["val"].dtype == torch.int64:
+            source = node.args[0]
+            if source not in turned:
+                turned[source] = _call(node, aten.contiguous.default, _call(node, aten.t.default, source))
+            node.replace_all_uses_with(_call(node, aten.select.int, turned[source], 0, node.args[2]))
+    return program
+
+
+def _state_in_slabs(program: Program) -> Program:
+    """Reads and writes the windows of K and V in slabs instead of taking and returning them."""
+    results = dict(zip(program.outputs, program.results(), strict=True))
+    given = {spec.name: node for spec, node in zip(program.inputs, program.placeholders(), strict=True)}
+    written = {name: node for name, node in results.items() if WINDOW.fullmatch(name)}
+    read = {name: node for name, node in given.items() if WINDOW.fullmatch(name.removeprefix("past_"))}
+    if not written and not read:
+        raise ExportError("the program has no windows of keys and values (k0, v0, …) among its state")
+    windows = {name.removeprefix("past_"): node for name, node in {**read, **written}.items()}
+    inputs = {SLOTS: (_user_vector(program), TensorSpec(name=SLOTS, dtype="int64", dims=("U",), scope="user"))}
+    for name, window in windows.items():
+        inputs[name] = _slab(name, window)
+    added = {name: _placeholder(program, spec.name, value) for name, (value, spec) in inputs.items()}
+    slots = added.pop(SLOTS)
+    layer_of = {node: int(name.removeprefix("past_")[1:]) for name, node in {**read, **written}.items()}
+    totals: Callable[[fx.Node, int], fx.Node] | None = None
+    if written:
+        totals = _write(written, results["lengths"], added, slots, layer_of)
+    _read(program, added, slots, layer_of, totals)
+    kept = {name: node for name, node in results.items() if name not in written}
+    (output,) = (node for node in program.module.graph.nodes if node.op == "output")
+    output.args = (tuple(kept.values()),)
+    specs = (*program.inputs, *(spec for _, spec in inputs.values()))
+    program, _ = remove_dead_code(dataclasses.replace(program, inputs=specs, outputs=tuple(kept)))
+    for node, spec in zip(program.placeholders(), program.inputs, strict=True):
+        if spec.name in read:
+            if node.users:
+                raise ExportError(f"{spec.name} is read by {next(iter(node.users)).name}, which is no attention")
+            program.module.graph.erase_node(node)
+    program.module.graph.lint()
+    program.module.recompile()
+    return dataclasses.replace(program, inputs=tuple(spec for spec in specs if spec.name not in read))
+
+
+def _user_vector(program: Program) -> torch.Tensor:
+    """A fake [U] int64."""
+    like = next(n.meta["val"] for n, s in zip(program.placeholders(), program.inputs, strict=True) if s.dims[0] == "U")
+    with like.fake_mode:
+        return torch.empty(like.shape[0], dtype=torch.int64, device=like.device)
+
+
+def _slab(name: str, window: fx.Node) -> tuple[torch.Tensor, TensorSpec]:
+    """The slab of a window [U, W, H, E]. How many slots it has is the pool's affair; the fake one has two."""
+    value = window.meta["val"]
+    _, W, H, E = value.shape
+    with value.fake_mode:
+        slab = torch.empty((2, W, H, E), dtype=value.dtype, device=value.device)
+    return slab, TensorSpec(
+        name=f"{name[0]}_state{name[1:]}",
+        dtype=dtype_name(value.dtype),
+        dims=("S", f"W{name[1:]}", int(H), int(E)),
+        scope="user",
+    )
+
+
+def _placeholder(program: Program, name: str, value: torch.Tensor) -> fx.Node:
+    graph = program.module.graph
+    last = program.placeholders()[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta["val"] = value
+    return node
+
+
+def _write(
+    written: dict[str, fx.Node],
+    lengths: fx.Node,
+    slabs: dict[str, fx.Node],
+    slots: fx.Node,
+    layer_of: dict[fx.Node, int],
+) -> Callable[[fx.Node, int], fx.Node]:
+    """Puts keys_into_state in the place of every projection to keys and values; returns what gives a layer's tokens."""
+    if lengths.target is not aten.add.Tensor:
+        raise ExportError(f"lengths is made by {lengths.target}; it must be the past's and the new tokens' sum")
+    turned = {
+        stack: _call(lengths.next, aten.contiguous.default, _call(lengths.next, aten.t.default, stack))
+        for stack in (*lengths.args, lengths)
+    }
+    past, new = lengths.args
+
+    def of_layer(place: fx.Node, stack: fx.node.Argument, layer: int) -> fx.Node:
+        return _call(place, aten.select.int, turned[stack], 0, layer)
+
+    for name, window in written.items():
+        if name.startswith("k"):
+            layer, projection = layer_of[window], window
+            while str(projection.target) != LINEAR:
+                source = projection.args[0]
+                if not isinstance(source, fx.Node) or source.op != "call_function":
+                    raise ExportError(f"{name} is not a mixed_linear's result cut in two, as the kernel writes it")
+                projection = source
+            arguments: list[Any] = [*projection.args, *PROJECTION_DEFAULTS[len(projection.args) :]]
+            if arguments.pop() is not None:
+                raise ExportError(f"{name} is a projection with a residual; the kernel writes none into the state")
+            state: list[Any] = [slabs[name], slabs[f"v{name[1:]}"], slots]
+            state += [of_layer(projection, stack, layer) for stack in (past, new)]
+            _call(projection, torch.ops.onetrans.keys_into_state.default, *arguments, *state)
+    return lambda place, layer: of_layer(place, lengths, layer)
+
+
+def _read(
+    program: Program,
+    slabs: dict[str, fx.Node],
+    slots: fx.Node,
+    layer_of: dict[fx.Node, int],
+    totals: Callable[[fx.Node, int], fx.Node] | None,
+) -> None:
+    """Lets the attentions read the slabs, which hold past and new tokens as one sequence."""
+    for node in program.module.graph.nodes:
+        if str(node.target) == HISTORY:
+            assert totals is not None
+            q, k, _, q_start, length = node.args[:5]
+            layer = layer_of[k]
+            total = totals(node, layer)
+            before = _call(node, aten.sub.Tensor, total, length)
+            first = _call(node, aten.add.Tensor, before, q_start)
+            node.args = (q, slabs[f"k{layer}"], slabs[f"v{layer}"], first, total, None, None, None, slots)
+        elif str(node.target) == CANDIDATES:
+            q, k, v, keys, values, lengths = node.args[:6]
+            others = [i for i, key in enumerate(keys) if key not in layer_of]
+            (layer,) = {layer_of[key] for key in keys if key in layer_of}
+            total = lengths[-1] if totals is None else totals(node, layer)
+            node.args = (
+                q,
+                k,
+                v,
+                [*(keys[i] for i in others), slabs[f"k{layer}"]],
+                [*(values[i] for i in others), slabs[f"v{layer}"]],
+                [*(lengths[i] for i in others), total],
+                slots,
+            )
+
+
+def _uncopied(x: fx.Node) -> fx.Node:
+    """What a contiguous() copied: the kernel reads parts of wider rows as they lie."""
+    source = x.args[0] if x.target is aten.contiguous.default else x
+    assert isinstance(source, fx.Node)
+    return source

@@ -1,0 +1,114 @@
+"""Parts of the candidate_attention kernels: sums over keys and over own blocks, and how they are folded."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from onetrans.kernels.jit import LOG2E, dot, softmax_step
+
+
+@triton.jit
+def sequence(at, base0, base1, base2, end0, end1, TOKEN: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Addresses of tokens `at` of the segments' sequence."""
+    address = base0 + at * TOKEN
+    if SEGMENTS > 1:
+        address = tl.where(at < end0, address, base1 + (at - end0) * TOKEN)
+    if SEGMENTS > 2:
+        address = tl.where(at < end1, address, base2 + (at - end1) * TOKEN)
+    return address
+
+
+@triton.jit
+def over_keys(
+    begin, end, q0, q1, k0, k1, k2, v0, v1, v2, end0, end1,
+    E0: tl.constexpr, E1: tl.constexpr, TOKEN: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile's maximum, total and weighted values over keys begin … end - 1."""
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    e0 = tl.arange(0, E0)
+    acc0 = tl.zeros((BLOCK_M, E0), tl.float32)
+    acc1 = acc0
+    if E1 > 0:
+        acc1 = tl.zeros((BLOCK_M, E1), tl.float32)
+        e1 = E0 + tl.arange(0, E1)
+    for start in range(begin, end, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        exists = (at < end)[:, None]
+        key_rows = sequence(at, k0, k1, k2, end0, end1, TOKEN, SEGMENTS)
+        value_rows = sequence(at, v0, v1, v2, end0, end1, TOKEN, SEGMENTS)
+        key = tl.load(key_rows[:, None] + e0[None, :], mask=exists, other=0.0)
+        value = tl.load(value_rows[:, None] + e0[None, :], mask=exists, other=0.0)
+        scores = dot(q0, tl.trans(key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
+        if E1 > 0:
+            key = tl.load(key_rows[:, None] + e1[None, :], mask=exists, other=0.0)
+            scores = dot(q1, tl.trans(key), scores, WIDE)
+        scores = tl.where((at < end)[None, :], scores, float("-inf"))
+        weights, m, total, factor = softmax_step(scores, m, total)
+        weights = weights.to(value.dtype)
+        acc0 = dot(weights, value, acc0 * factor[:, None], WIDE)
+        if E1 > 0:
+            value = tl.load(value_rows[:, None] + e1[None, :], mask=exists, other=0.0)
+            acc1 = dot(weights, value, acc1 * factor[:, None], WIDE)
+    return m, total, acc0, acc1
+
+
+@triton.jit
+def over_own(
+    q0, q1, k, v, row_candidate, row_position, first, here, position_stride, offset,
+    P: tl.constexpr, ROW: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The same over the candidates' own causal blocks; candidate c of the tile has columns c·PAD … c·PAD + P - 1."""
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    e0 = tl.arange(0, E0)
+    acc0 = tl.zeros((BLOCK_M, E0), tl.float32)
+    acc1 = acc0
+    if E1 > 0:
+        acc1 = tl.zeros((BLOCK_M, E1), tl.float32)
+        e1 = E0 + tl.arange(0, E1)
+    for start in range(0, GROUP * PAD, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        candidate = column // PAD
+        position = column % PAD
+        exists = ((candidate < here) & (position < P))[:, None]
+        rows = position * position_stride + (first + candidate).to(tl.int64) * ROW + offset
+        key = tl.load((k + rows)[:, None] + e0[None, :], mask=exists, other=0.0)
+        value = tl.load((v + rows)[:, None] + e0[None, :], mask=exists, other=0.0)
+        scores = dot(q0, tl.trans(key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
+        if E1 > 0:
+            key = tl.load((k + rows)[:, None] + e1[None, :], mask=exists, other=0.0)
+            scores = dot(q1, tl.trans(key), scores, WIDE)
+        visible = (candidate[None, :] == row_candidate[:, None]) & (position[None, :] <= row_position[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        weights, m, total, factor = softmax_step(scores, m, total)
+        weights = weights.to(value.dtype)
+        acc0 = dot(weights, value, acc0 * factor[:, None], WIDE)
+        if E1 > 0:
+            value = tl.load((v + rows)[:, None] + e1[None, :], mask=exists, other=0.0)
+            acc1 = dot(weights, value, acc1 * factor[:, None], WIDE)
+    return m, total, acc0, acc1
+
+
+@triton.jit
+def factors(m, m_next):
+    """The new maximum of a fold, and what each side is multiplied by."""
+    top = tl.maximum(m, m_next)
+    shift = tl.where(top == float("-inf"), 0.0, top) * -LOG2E
+    return top, tl.exp2(tl.fma(m, LOG2E, shift)), tl.exp2(tl.fma(m_next, LOG2E, shift))
+
+
+@triton.jit
+def place(tile, user, starts, C, P: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile's first candidate row, its number of candidates, and each row's candidate and position."""
+    first = user * C
+    count = C
+    if RAGGED:
+        first = tl.load(starts + user).to(tl.int32)
+        count = tl.load(starts + user + 1).to(tl.int32) - first
+    here = tl.minimum(count - tile * GROUP, GROUP)
+    row = tl.arange(0, BLOCK_M)
+    return first + tile * GROUP, here, row // P, row % P

@@ -1,0 +1,116 @@
+"""Small device functions that the Triton kernels share.
+
+Sums of products that must not depend on the kernel around them are written as explicit fused multiply-adds: a compiler
+that contracts a * b + c in one kernel and not in another would change the last bit of a score.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU (`TRITON_INTERPRET=1`)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def head_parts(E: int) -> tuple[int, int]:
+    """A head dimension as one or two powers of two, of at least 16: 96 is 64 + 32, and is not padded to 128.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    main = 1 << (E.bit_length() - 1)
+    rest = E - main
+    if main < 16 or (rest and (rest < 16 or rest & (rest - 1))):
+        raise ValueError(
+            f"head_dim is {E}; the kernels take 16 to 128 that are one or two powers of two, as 96 = 64 + 32"
+        )
+    return main, rest
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Its name, as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_heads(name: str, x: torch.Tensor, E: int) -> None:
+    """Asks of x [U, N, H, E] that a token's heads are contiguous and users a whole number of tokens apart.
+
+    Raises:
+        ValueError: It lies otherwise.
+    """
+    user, token, head, element = x.stride()
+    if x.shape[3] != E or (head, element) != (E, 1) or token < x.shape[2] * E or (x.shape[0] > 1 and user % token):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; a token's heads must be contiguous, of {E}"
+            " elements each, and users a whole number of tokens apart: call .contiguous()"
+        )
+
+
+@triton.jit
+def dot(a, b, acc, WIDE: tl.constexpr):
+    """acc + a @ b in float32. WIDE widens the operands first: the interpreter's product of bfloat16 is wrong."""
+    if WIDE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def softmax_step(scores, m, total):
+    """Takes one tile of scores into an online softmax; rows that have seen nothing yet stay at m = -inf, total = 0.
+
+    Returns the tile's weights, the new maximum and total, and the factor for what was summed before.
+    """
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) * -LOG2E
+    weights = tl.exp2(tl.fma(scores, LOG2E, shift[:, None]))
+    factor = tl.exp2(tl.fma(m, LOG2E, shift))
+    return weights, m_new, tl.fma(total, factor, tl.sum(weights, 1)), factor
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The named activation in float32; gelu is the exact erf form."""
+    if ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """x in float32 rounded to the nearest of DTYPE. WIDE rounds by hand: the interpreter cuts bfloat16 off."""
+    if WIDE and DTYPE.is_bf16():
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def row_sum(x, STEPS: tl.constexpr):
+    """Sums of the rows of x [M, 2^STEPS] as a tree of pairs.
+
+    tl.sum's order follows the layout of the tile, which follows the alignment of the pointer that it was loaded from:
+    a row alone at an odd address would have another last bit. A pair has one sum.
+    """
+    M: tl.constexpr = x.shape[0]
+    for step in tl.static_range(0, STEPS):
+        x = tl.sum(tl.reshape(x, (M, 1 << (STEPS - 1 - step), 2)), 2)
+    return tl.reshape(x, (M,))
+
+
+def launcher(kernel: Any) -> Any:
+    """What launches a kernel: through `wrap_triton`, so that a capture sees it; as it is under the interpreter."""
+    return kernel if interpreted() else torch.library.wrap_triton(kernel)

@@ -1,0 +1,44 @@
+"""The committed table of tuned configurations, and the choice between it and the analytical default."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from onetrans.kernels.launch.config import Device, LaunchConfig, Problem, bucket
+
+TABLE = Path(__file__).with_name("tuned.json")  # {device name: {op: {dtype: {key: fields}}}}
+VARIABLE = "ONETRANS_BATCH_INVARIANT"
+
+
+def batch_invariant() -> bool:
+    """Whether a row's result may not depend on how many rows there are; `ONETRANS_BATCH_INVARIANT=0` gives that up."""
+    return os.environ.get(VARIABLE, "1") != "0"
+
+
+def problem(op: str, dtype: str, rows: int, **sizes: int) -> Problem:
+    """A problem; its number of rows counts only where batch invariance is given up."""
+    return Problem(
+        op=op, dtype=dtype, sizes=tuple(sorted(sizes.items())), rows=None if batch_invariant() else bucket(rows)
+    )
+
+
+@functools.cache
+def tuned() -> Mapping[tuple[str, str, str, str], LaunchConfig]:
+    """The table, by device name, op, dtype and key."""
+    return {
+        (device, op, dtype, key): LaunchConfig(**fields)
+        for device, ops in json.loads(TABLE.read_text(encoding="utf-8")).items()
+        for op, dtypes in ops.items()
+        for dtype, keys in dtypes.items()
+        for key, fields in keys.items()
+    }
+
+
+@functools.cache
+def choose(what: Problem, device: Device, default: Callable[[Problem, Device], LaunchConfig]) -> LaunchConfig:
+    """The tuned configuration where the table has one for this device and problem, else the analytical default."""
+    return tuned().get((device.name, what.op, what.dtype, what.key)) or default(what, device)
