@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import parity_tests.triton_device  # noqa: F401  (before anything imports Triton, which reads its mode then)
 from onetrans.cli.main import cli, run
 from onetrans.export import export
 from onetrans.features.random_requests import random_request

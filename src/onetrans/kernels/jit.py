@@ -6,6 +6,9 @@ that contracts a * b + c in one kernel and not in another would change the last 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -40,18 +43,24 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_heads(name: str, x: torch.Tensor, E: int) -> None:
-    """Asks of x [U, N, H, E] that a token's heads are contiguous and users a whole number of tokens apart.
+def token_stride(name: str, x: torch.Tensor, E: int) -> int:
+    """Elements between tokens of x [U, N, H, E], whose heads are contiguous and users a whole number of tokens apart.
+
+    Where there is one token it is H · E, whatever the strides say, so that it makes no variant of its own.
 
     Raises:
         ValueError: It lies otherwise.
     """
     user, token, head, element = x.stride()
-    if x.shape[3] != E or (head, element) != (E, 1) or token < x.shape[2] * E or (x.shape[0] > 1 and user % token):
+    users, tokens, heads, _ = x.shape
+    if tokens == 1:
+        token = heads * E
+    if x.shape[3] != E or (head, element) != (E, 1) or token < heads * E or (users > 1 and user % token):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; a token's heads must be contiguous, of {E}"
             " elements each, and users a whole number of tokens apart: call .contiguous()"
         )
+    return token
 
 
 @triton.jit
@@ -113,4 +122,31 @@ def row_sum(x, STEPS: tl.constexpr):
 
 def launcher(kernel: Any) -> Any:
     """What launches a kernel: through `wrap_triton`, so that a capture sees it; as it is under the interpreter."""
+    catch = _catch.get()
+    if catch is not None:
+        return _Caught(kernel, catch)
     return kernel if interpreted() else torch.library.wrap_triton(kernel)
+
+
+@contextmanager
+def caught(catch: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
+    """Within, launches do not happen: `catch` gets the kernel and its arguments by name, launch options among them."""
+    token = _catch.set(catch)
+    try:
+        yield
+    finally:
+        _catch.reset(token)
+
+
+_catch: ContextVar[Callable[[Any, dict[str, Any]], None] | None] = ContextVar("catch", default=None)
+
+
+class _Caught:
+    def __init__(self, kernel: Any, catch: Callable[[Any, dict[str, Any]], None]) -> None:
+        self.kernel, self.catch = kernel, catch
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **given: Any) -> None:
+            self.catch(self.kernel, {**dict(zip(self.kernel.arg_names, args, strict=False)), **given})
+
+        return launch

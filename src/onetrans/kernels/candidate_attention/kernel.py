@@ -16,7 +16,7 @@ import triton.language as tl
 
 from onetrans.kernels.candidate_attention.configs import default, padded
 from onetrans.kernels.candidate_attention.parts import factors, over_keys, over_own, place
-from onetrans.kernels.jit import check_heads, head_parts, interpreted, launcher, name_of
+from onetrans.kernels.jit import head_parts, interpreted, launcher, name_of, narrow, token_stride
 from onetrans.kernels.launch import LaunchConfig, choose
 from onetrans.kernels.launch.device import device_of, multiprocessors
 from onetrans.kernels.launch.table import problem
@@ -130,10 +130,16 @@ def candidate_attention_kernel(
         total = tl.where(real, total, 1.0)
         out_rows = (row_position * rows.to(tl.int64) + first + row_candidate) * (H * E) + offset
         inside = real[:, None]
-        tl.store((out + out_rows)[:, None] + e0[None, :], (acc0 / total[:, None]).to(out.dtype.element_ty), mask=inside)
+        tl.store(
+            (out + out_rows)[:, None] + e0[None, :],
+            narrow(acc0 / total[:, None], out.dtype.element_ty, WIDE),
+            mask=inside,
+        )
         if E1 > 0:
             tl.store(
-                (out + out_rows)[:, None] + e1[None, :], (acc1 / total[:, None]).to(out.dtype.element_ty), mask=inside
+                (out + out_rows)[:, None] + e1[None, :],
+                narrow(acc1 / total[:, None], out.dtype.element_ty, WIDE),
+                mask=inside,
             )
 
 
@@ -141,7 +147,7 @@ def candidate_attention_kernel(
 def candidate_fold_kernel(
     part, part_m, part_total, length0, length1, length2, starts, out, C, rows, splits,
     H: tl.constexpr, P: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Folds what programs of their own summed for each split, in the order in which one program would have."""
     E: tl.constexpr = E0 + E1
@@ -183,9 +189,15 @@ def candidate_fold_kernel(
     total = tl.where(real, total, 1.0)
     out_rows = (row_position * rows.to(tl.int64) + first + row_candidate) * (H * E) + head * E
     inside = real[:, None]
-    tl.store((out + out_rows)[:, None] + e0[None, :], (acc0 / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        (out + out_rows)[:, None] + e0[None, :], narrow(acc0 / total[:, None], out.dtype.element_ty, WIDE), mask=inside
+    )
     if E1 > 0:
-        tl.store((out + out_rows)[:, None] + e1[None, :], (acc1 / total[:, None]).to(out.dtype.element_ty), mask=inside)
+        tl.store(
+            (out + out_rows)[:, None] + e1[None, :],
+            narrow(acc1 / total[:, None], out.dtype.element_ty, WIDE),
+            mask=inside,
+        )
 
 
 def signature(dtype: str) -> dict[str, str]:
@@ -259,7 +271,7 @@ def _row_stride(x: torch.Tensor) -> int:
     return row
 
 
-FOLD_CONSTANTS = ("H", "P", "E0", "E1", "SEGMENTS", "RAGGED", "GROUP", "SPLIT", "BLOCK_M")
+FOLD_CONSTANTS = ("H", "P", "E0", "E1", "SEGMENTS", "RAGGED", "GROUP", "SPLIT", "BLOCK_M", "WIDE")
 
 
 def launch(
@@ -304,9 +316,9 @@ def launch(
     for name, rows in (("k", k), ("v", v)):
         if rows.shape != q.shape or _row_stride(rows) != row:
             raise ValueError(f"{name} {tuple(rows.shape)} with strides {rows.stride()} must lie as q does")
+    token = token_stride("segment 0", keys[0], E)
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-        check_heads(f"segment {i}", key, E)
-        if key.stride() != value.stride() or key.stride(1) != keys[0].stride(1):
+        if key.stride() != value.stride() or token_stride(f"segment {i}", key, E) != token:
             raise ValueError(f"the keys and values of segment {i} must lie alike, with the tokens' stride of segment 0")
     if starts is not None and candidates is None:
         raise ValueError("starts was given without candidates, the most that one user has")
@@ -327,7 +339,7 @@ def launch(
         P=P,
         E=E,
         row=row,
-        token=keys[0].stride(1),
+        token=token,
         segments=segments,
         slots=slots is not None,
         ragged=starts is not None,
@@ -342,7 +354,7 @@ def launch(
     lengths = [length.contiguous() for length in lengths]
     at = [*lengths, *[lengths[0]] * fill]
     ends = lengths[0] if starts is None else starts.contiguous()
-    capacities = [key.stride(0) // key.stride(1) for key in keys] + [0] * fill
+    capacities = [key.stride(0) // token for key in keys] + [0] * fill
     launcher(candidate_attention_kernel)[(tiles, H * splits if apart else H, U)](
         q,
         k,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from onetrans.kernels.jit import LOG2E, dot, softmax_step
+from onetrans.kernels.jit import LOG2E, dot, narrow, softmax_step
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def over_keys(
             scores = dot(q1, tl.trans(key), scores, WIDE)
         scores = tl.where((at < end)[None, :], scores, float("-inf"))
         weights, m, total, factor = softmax_step(scores, m, total)
-        weights = weights.to(value.dtype)
+        weights = narrow(weights, value.dtype, WIDE)
         acc0 = dot(weights, value, acc0 * factor[:, None], WIDE)
         if E1 > 0:
             value = tl.load(value_rows[:, None] + e1[None, :], mask=exists, other=0.0)
@@ -85,7 +85,7 @@ def over_own(
         visible = (candidate[None, :] == row_candidate[:, None]) & (position[None, :] <= row_position[:, None])
         scores = tl.where(visible, scores, float("-inf"))
         weights, m, total, factor = softmax_step(scores, m, total)
-        weights = weights.to(value.dtype)
+        weights = narrow(weights, value.dtype, WIDE)
         acc0 = dot(weights, value, acc0 * factor[:, None], WIDE)
         if E1 > 0:
             value = tl.load((v + rows)[:, None] + e1[None, :], mask=exists, other=0.0)

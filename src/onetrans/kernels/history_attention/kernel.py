@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from onetrans.kernels.history_attention.configs import default
-from onetrans.kernels.jit import check_heads, dot, head_parts, interpreted, launcher, name_of, softmax_step
+from onetrans.kernels.jit import dot, head_parts, interpreted, launcher, name_of, narrow, softmax_step, token_stride
 from onetrans.kernels.launch import LaunchConfig, choose
 from onetrans.kernels.launch.device import device_of
 from onetrans.kernels.launch.table import problem
@@ -56,7 +56,7 @@ def _tile(
     if MASKED:
         scores = tl.where((keys[None, :] <= last[:, None]) & (keys < count)[None, :], scores, float("-inf"))
     weights, m, total, factor = softmax_step(scores, m, total)
-    weights = weights.to(v0.dtype)
+    weights = narrow(weights, v0.dtype, WIDE)
     acc0 = dot(weights, v0, acc0 * factor[:, None], WIDE)
     if E1 > 0:
         acc1 = dot(weights, v1, acc1 * factor[:, None], WIDE)
@@ -128,9 +128,11 @@ def history_attention_kernel(
     scale = tl.where(real, 1.0, 0.0) / tl.where(total > 0, total, 1.0)  # rows that nobody reads become zeros
     out_rows = out + (user.to(tl.int64) * Nq + rows) * (H * E) + head * E
     inside = (rows < Nq)[:, None]
-    tl.store(out_rows[:, None] + e0[None, :], (acc0 * scale[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(out_rows[:, None] + e0[None, :], narrow(acc0 * scale[:, None], out.dtype.element_ty, WIDE), mask=inside)
     if E1 > 0:
-        tl.store(out_rows[:, None] + e1[None, :], (acc1 * scale[:, None]).to(out.dtype.element_ty), mask=inside)
+        tl.store(
+            out_rows[:, None] + e1[None, :], narrow(acc1 * scale[:, None], out.dtype.element_ty, WIDE), mask=inside
+        )
 
 
 def signature(dtype: str) -> dict[str, str]:
@@ -180,22 +182,24 @@ def launch(
         ValueError: Sizes or strides that the kernel cannot take.
     """
     U, Nq, H, E = q.shape
-    check_heads("q", q, E)
+    strides = {"q": token_stride("q", q, E), "past_k": 0}
     for name, key, value in (("k", k, v), ("past_k", past_k, past_v)):
         if key is not None and value is not None:
-            check_heads(name, key, E)
+            strides[name] = token_stride(name, key, E)
             if key.stride() != value.stride() or key.shape != value.shape:
                 raise ValueError(f"{name} {tuple(key.shape)} and its values {tuple(value.shape)} must lie alike")
     if Nq == 0:
         return
+    if U > 1 and q.stride(0) != Nq * strides["q"]:
+        raise ValueError(f"q has strides {q.stride()}; its users must be {Nq} tokens apart: call .contiguous()")
     config = choose(problem("history_attention", name_of(q.dtype), U * Nq, E=E, H=H), device_of(q.device), default)
     arguments = constants(
         config,
         H=H,
         E=E,
-        q_token=q.stride(1),
-        token=k.stride(1),
-        past_token=0 if past_k is None else past_k.stride(1),
+        q_token=strides["q"],
+        token=strides["k"],
+        past_token=strides["past_k"],
         past=past_k is not None,
         slots=slots is not None,
     )
@@ -212,8 +216,8 @@ def launch(
         q_start if slots is None else slots.contiguous(),
         out,
         Nq,
-        k.stride(0) // k.stride(1),
-        0 if past_k is None else past_k.stride(0) // past_k.stride(1),
+        k.stride(0) // strides["k"],
+        0 if past_k is None else past_k.stride(0) // strides["past_k"],
         **arguments,
         num_warps=config.warps,
         num_stages=config.stages,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from onetrans.kernels.launch.config import Device, LaunchConfig, Problem, bucket
@@ -41,4 +42,21 @@ def tuned() -> Mapping[tuple[str, str, str, str], LaunchConfig]:
 @functools.cache
 def choose(what: Problem, device: Device, default: Callable[[Problem, Device], LaunchConfig]) -> LaunchConfig:
     """The tuned configuration where the table has one for this device and problem, else the analytical default."""
+    if what.op in _forced:
+        return _forced[what.op]
     return tuned().get((device.name, what.op, what.dtype, what.key)) or default(what, device)
+
+
+_forced: dict[str, LaunchConfig] = {}
+
+
+@contextlib.contextmanager
+def forced(op: str, config: LaunchConfig) -> Iterator[None]:
+    """Makes `choose` give this configuration for an op, whatever the problem, while a tuner times it."""
+    _forced[op] = config
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        del _forced[op]
+        choose.cache_clear()

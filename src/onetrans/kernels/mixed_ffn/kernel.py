@@ -15,7 +15,7 @@ from onetrans.kernels.launch.device import device_of
 from onetrans.kernels.launch.table import problem
 from onetrans.kernels.mixed_ffn.configs import default, parts
 from onetrans.kernels.mixed_linear import kernel as linear
-from onetrans.kernels.mixed_linear.arguments import check_dtypes, check_shape, in_place
+from onetrans.kernels.mixed_linear.arguments import check_dtypes, check_shape, in_place, row_stride
 from onetrans.kernels.mixed_linear.kernel import affine, load_constant
 
 INTEGERS = ("rows", "x_position")
@@ -226,7 +226,7 @@ def launch(
         **constants(
             what,
             config,
-            x_row=x.stride(1),
+            x_row=row_stride(x),
             eps=eps,
             activation=activation,
             gain_per_position=gain.dim() == 2,

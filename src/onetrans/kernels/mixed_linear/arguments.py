@@ -38,5 +38,10 @@ def in_place(x: torch.Tensor) -> torch.Tensor:
     granted, so that they load 16 bytes at once.
     """
     row_is_contiguous = x.stride(2) == 1 or x.shape[2] == 1
-    aligned = x.stride(1) % 8 != 0 or x.shape[0] == 1 or x.stride(0) % 8 == 0
+    aligned = row_stride(x) % 8 != 0 or x.shape[0] == 1 or x.stride(0) % 8 == 0
     return x if row_is_contiguous and aligned else x.contiguous()
+
+
+def row_stride(x: torch.Tensor) -> int:
+    """Elements between rows of x [P, B, D]; a single row's is D, whatever its strides say, so that it is no variant."""
+    return x.stride(1) if x.shape[1] > 1 else x.shape[2]

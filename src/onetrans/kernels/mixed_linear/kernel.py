@@ -17,7 +17,7 @@ from onetrans.kernels.jit import activate, dot, interpreted, launcher, name_of, 
 from onetrans.kernels.launch import LaunchConfig, Problem, choose
 from onetrans.kernels.launch.device import device_of
 from onetrans.kernels.launch.table import problem
-from onetrans.kernels.mixed_linear.arguments import check_dtypes, check_shape, in_place
+from onetrans.kernels.mixed_linear.arguments import check_dtypes, check_shape, in_place, row_stride
 from onetrans.kernels.mixed_linear.configs import default
 
 INTEGERS = ("rows", "x_position", "tokens", "window")
@@ -251,7 +251,7 @@ def launch(
         **constants(
             what,
             config,
-            x_row=x.stride(1),
+            x_row=row_stride(x),
             eps=eps,
             gain=gain is not None,
             gain_per_position=gain is not None and gain.dim() == 2,
@@ -313,7 +313,9 @@ def launch_into_state(
         window=k_state.shape[1],
         out=k_state,
         v_state=v_state,
-        **constants(what, config, x_row=x.stride(1), eps=eps, gain=gain is not None, bias=bias is not None, state=True),
+        **constants(
+            what, config, x_row=row_stride(x), eps=eps, gain=gain is not None, bias=bias is not None, state=True
+        ),
         num_warps=config.warps,
         num_stages=config.stages,
     )

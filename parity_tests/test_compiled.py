@@ -1,0 +1,87 @@
+"""The kernels compiled ahead of time, by the command that makes the report: none spills, no size is a variant."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity_tests.triton_device import needs_triton
+
+pytestmark = [needs_triton, pytest.mark.slow]
+ROOT = Path(__file__).resolve().parents[1]
+MOST = 20  # variants of one model on one device: the number does not depend on the requests
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=900, check=False, cwd=ROOT, env=environment
+    )
+
+
+def test_every_kernel_compiles_for_every_architecture_and_has_no_fault(tmp_path: Path) -> None:
+    command = ("-m", "benchmarks.compiled", "--json", "--artefacts", str(tmp_path / "kernels"))
+    done = run(*command, "--model", "onetrans-s", "--model", "onetrans-l", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report["faults"] == []
+    variants = report["variants"]
+    assert {(row["model"], row["capability"]) for row in variants} == {
+        (model, capability) for model in ("onetrans-s", "onetrans-l") for capability in (80, 90, 100)
+    }
+    entries = {"mixed_linear", "mixed_ffn", "history_attention", "candidate_attention", "candidate_fold"}
+    for capability in (80, 90, 100):
+        assert {row["entry"].removesuffix("_kernel") for row in variants if row["capability"] == capability} == entries
+    for row in variants:
+        assert row["spilled"] == 0
+        assert row["scratch"] == 0
+        assert 0 < row["registers"] <= 255
+        if "fold" not in row["entry"]:
+            wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[row["capability"]]
+            assert row["matrix"][wanted] > 0, row["name"]
+    kept = sorted((tmp_path / "kernels" / "sm_90").iterdir())
+    assert {path.suffix for path in kept} == {".ptx", ".cubin", ".json"}
+    assert len(kept) == 3 * sum(row["capability"] == 90 for row in variants)
+    for path in kept:
+        if path.suffix == ".json":  # what an external launcher can pass: pointers and int32, nothing else
+            arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+            assert set(arguments.values()) <= {"*bf16", "*fp32", "*i64", "i32"}
+            assert path.with_suffix(".cubin").read_bytes()[:4] == b"\x7fELF"
+            assert ".entry" in path.with_suffix(".ptx").read_text(encoding="utf-8")
+
+
+COUNT = """
+import itertools, torch
+from benchmarks.compiled import launched, models, programs
+from onetrans.kernels.launch.config import Device
+
+for name in ("onetrans-s", "onetrans-l"):
+    config = models()[name]
+    lowered = programs(config, torch.bfloat16)
+    device = Device(capability=90)
+    few = launched(config, lowered, torch.bfloat16, device)
+    sizes = [*itertools.product((1, 2, 5), (1, 7, 100, 501), (1, 63, 64, 200)), (1, 2000, 90)]
+    many = launched(config, lowered, torch.bfloat16, device, sizes)
+    print(name, len(few), len(many), {v.name for v in few} == {v.name for v in many})
+"""
+
+
+def test_the_number_of_variants_does_not_depend_on_the_requests() -> None:
+    done = run("-c", COUNT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in done.stdout.splitlines():
+        name, few, many, same = line.split()
+        assert (int(many), same) == (int(few), "True"), name
+        assert int(many) <= MOST, name
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_an_unknown_model_is_refused() -> None:
+    done = run("-m", "benchmarks.compiled", "--model", "onetrans-xl")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("Error: unknown model onetrans-xl; allowed: tiny, onetrans-s")
