@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 DEMO ?= demo
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test install bench clean
+.PHONY: demo test install bench gpu clean
 
 demo: $(VENV)/.installed  ## train tiny, export it to ONNX, verify, score a request, print latencies
 	rm -rf $(DEMO)
@@ -27,6 +27,9 @@ install: $(VENV)/.installed
 bench: $(VENV)/.installed  ## measure everything in benchmarks/, then write the README's table
 	PYTHONSAFEPATH= $(BIN)/python -m benchmarks.cpu
 	PYTHONSAFEPATH= $(BIN)/python -m benchmarks.report
+
+gpu:  ## test and measure on this machine's GPU, with the torch and Triton that $(PYTHON) has; resumes
+	PYTHONSAFEPATH= PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

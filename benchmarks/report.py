@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from benchmarks.context import ROOT
+from benchmarks.gpu.table import gpu_markdown
 from benchmarks.suite import format_outcome, format_target, format_value, read_suite
 from onetrans.bench.plots import plot_latency
 from onetrans.bench.record import Record
@@ -16,17 +17,19 @@ from onetrans.bench.report import latency_rows, markdown_row, origin, title
 from onetrans.errors import DataError, JobError, OneTransError
 
 BEGIN, END = "<!-- measures:begin -->", "<!-- measures:end -->"
-BLOCK = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+GPU = "gpu"  # stem of the GPU suite's record, which has a table of its own
+APART = ("gpu", "gpu-tuning", "compiled")  # stems of records that are no rows of the first table
 HEAD = ("measure", "target", "predicted", "measured", "met")
 
 
 def suite_paths(results: Path) -> list[Path]:
-    """The suites' records in the results folder.
+    """The suites' records in the results folder, those of GPU and compiler apart.
 
     Raises:
         DataError: There is none.
     """
-    paths = sorted(results.glob("*.json"))
+    paths = sorted(path for path in results.glob("*.json") if path.stem not in APART)
     if not paths:
         raise DataError(f"{results} holds no record; run `python -m benchmarks.cpu` first")
     return paths
@@ -63,8 +66,8 @@ def latency_records(suite: Record) -> Iterator[Record]:
         yield from measure["records"].values()
 
 
-def write_readme(readme: Path, table: str) -> bool:
-    """Puts the table between the marks; returns whether anything changed.
+def write_readme(readme: Path, results: Path) -> bool:
+    """Puts the tables between their marks; returns whether anything changed.
 
     Raises:
         JobError: The file cannot be read or written.
@@ -74,21 +77,33 @@ def write_readme(readme: Path, table: str) -> bool:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
         raise JobError(f"{readme} cannot be read: {error}") from error
-    wanted = with_table(text, table, readme)
+    wanted = with_tables(text, results, readme)
     if wanted != text:
         readme.write_text(wanted, encoding="utf-8")
     return wanted != text
 
 
-def with_table(text: str, table: str, where: Path) -> str:
+def with_table(text: str, table: str, where: Path, begin: str = BEGIN, end: str = END) -> str:
     """The text with the table between its marks.
 
     Raises:
         DataError: It does not hold the marks, once and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or not BLOCK.search(text):
-        raise DataError(f"{where} must hold {BEGIN} and then {END}, each once")
-    return BLOCK.sub(lambda _: f"{BEGIN}\n{table}{END}", text)
+    block = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if text.count(begin) != 1 or text.count(end) != 1 or not block.search(text):
+        raise DataError(f"{where} must hold {begin} and then {end}, each once")
+    return block.sub(lambda _: f"{begin}\n{table}{end}", text)
+
+
+def with_tables(text: str, results: Path, where: Path) -> str:
+    """The text with the suites' table, and where there is a record of the GPU suite, with that one's.
+
+    Raises:
+        DataError: A record or a pair of marks is missing.
+    """
+    text = with_table(text, measures_markdown([read_suite(path) for path in suite_paths(results)]), where)
+    held = results / f"{GPU}.json"
+    return with_table(text, gpu_markdown(read_suite(held)), where, GPU_BEGIN, GPU_END) if held.exists() else text
 
 
 def _cells(row: dict[str, object]) -> tuple[str, ...]:
@@ -117,12 +132,11 @@ def main(check: bool, readme: Path, results: Path) -> None:
 
 
 def _check(readme: Path, results: Path) -> int:
-    table = measures_markdown([read_suite(path) for path in suite_paths(results)])
     try:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
         raise JobError(f"{readme} cannot be read: {error}") from error
-    if with_table(text, table, readme) == text:
+    if with_tables(text, results, readme) == text:
         return 0
     click.echo(f"{readme} and the records in {results} disagree; run `python -m benchmarks.report`", err=True)
     return 1
@@ -131,7 +145,7 @@ def _check(readme: Path, results: Path) -> int:
 def _write(readme: Path, results: Path) -> int:
     paths = suite_paths(results)
     suites = [read_suite(path) for path in paths]
-    changed = write_readme(readme, measures_markdown(suites))
+    changed = write_readme(readme, results)
     click.echo(f"{readme}: {'written' if changed else 'up to date'}", err=True)
     for path, suite in zip(paths, suites, strict=True):
         for record in latency_records(suite):

@@ -1,0 +1,180 @@
+"""Timing: contestants in turn, block by block, on a GPU by events around graph replays, in a rehearsal by the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from onetrans.bench.stats import LEAST_PAIRS, Estimate, median, median_ratio
+
+BLOCKS = 10
+REPEATS = 8  # most of a block
+BLOCK_SECONDS = 4e-3  # what a contestant's share of a block takes at most, beyond LEAST_REPEATS
+LEAST_REPEATS = 3
+FLUSH_TIMES = 4  # the buffer that is read between replays, in times of the L2 cache
+METHOD = (
+    "CUDA events around each replay; contestants in turn, block by block; before every replay a buffer of"
+    f" {FLUSH_TIMES} times the L2 cache is read, so that inputs and weights come from device memory; what Python calls"
+    " (eager and torch.compile of whole programs) bears its launching, as far as that read does not hide it; the rest"
+    " are CUDA graphs"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Something to time.
+
+    Attributes:
+        go: Launches it.
+        calls: Of the computation in one `go`; the time is divided by them.
+        kept: What must stay alive.
+    """
+
+    go: Callable[[], Any]
+    calls: int = 1
+    kept: Sequence[Any] = field(default_factory=tuple)
+
+
+Blocks = dict[str, list[list[float]]]  # contestant: seconds of each call, block by block
+
+
+class Timer(Protocol):
+    """What a measure needs of a timer."""
+
+    def graph(self, calls: Sequence[Callable[[], Any]]) -> Run:
+        """The calls, in sequence, as one thing to launch."""
+
+    def plain(self, call: Callable[[], Any]) -> Run:
+        """A call as Python makes it."""
+
+    def blocks(self, runs: Mapping[Any, Run], count: int = BLOCKS) -> dict[Any, list[list[float]]]:
+        """Seconds per call, A B C A B C …, so many blocks of each."""
+
+
+class CudaTimer:
+    """Times on the current CUDA device."""
+
+    def __init__(self) -> None:
+        size = FLUSH_TIMES * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._filler = torch.rand(max(1 << 20, size // 4), device="cuda")
+        self._sum = torch.empty((), device="cuda")
+
+    def graph(self, calls: Sequence[Callable[[], Any]]) -> Run:
+        """Warms up on a side stream, then captures. What a call returns lies in the graph's memory, in `kept`."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                for call in calls:
+                    call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            kept = [call() for call in calls]
+        captured.replay()
+        torch.cuda.synchronize()
+        return Run(go=captured.replay, calls=len(calls), kept=(captured, kept))
+
+    def plain(self, call: Callable[[], Any]) -> Run:
+        """Warms up."""
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        return Run(go=call)
+
+    def blocks(self, runs: Mapping[Any, Run], count: int = BLOCKS) -> dict[Any, list[list[float]]]:
+        """See `METHOD`."""
+        with collector_at_rest():
+            repeats = {}
+            for name, run in runs.items():
+                self._sample(run, 2)
+                once = min(self._sample(run, LEAST_REPEATS)) * run.calls
+                repeats[name] = max(LEAST_REPEATS, min(REPEATS, int(BLOCK_SECONDS / once)))
+            found: dict[Any, list[list[float]]] = {name: [] for name in runs}
+            for _ in range(count):
+                for name, run in runs.items():
+                    found[name].append(self._sample(run, repeats[name]))
+        return found
+
+    def _sample(self, run: Run, repeats: int) -> list[float]:
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for begin, end in marks:
+            torch.sum(self._filler, dim=0, out=self._sum)
+            begin.record()
+            run.go()
+            end.record()
+        torch.cuda.synchronize()
+        return [1e-3 * begin.elapsed_time(end) / run.calls for begin, end in marks]
+
+
+class HostTimer:
+    """A rehearsal's: each thing runs once, and stands for as many blocks as statistics ask for."""
+
+    def graph(self, calls: Sequence[Callable[[], Any]]) -> Run:
+        """The first call alone, run once."""
+        return self.plain(calls[0])
+
+    def plain(self, call: Callable[[], Any]) -> Run:
+        """The call."""
+        return Run(go=call, kept=(None, [call()]))
+
+    def blocks(self, runs: Mapping[Any, Run], count: int = BLOCKS) -> dict[Any, list[list[float]]]:
+        """One sample each, repeated."""
+        found = {}
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run.go()
+            found[name] = [[time.perf_counter() - began]] * LEAST_PAIRS
+        return found
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Keeps Python's garbage collector from running amid a measurement."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def per_block(blocks: Sequence[Sequence[float]]) -> list[float]:
+    """The median of each block."""
+    return [median(block, least=1).value for block in blocks]
+
+
+def typical(blocks: Sequence[Sequence[float]]) -> Estimate:
+    """The median over blocks, in seconds."""
+    return median(per_block(blocks))
+
+
+def times_faster(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Estimate:
+    """How many times faster ours is: the median of theirs over ours, block by block."""
+    return median_ratio(per_block(theirs), per_block(ours))
+
+
+def microseconds(blocks: Blocks) -> dict[str, list[list[float]]]:
+    """Raw samples as a record keeps them: microseconds, to a hundredth."""
+    return {name: [[round(1e6 * value, 2) for value in block] for block in parts] for name, parts in blocks.items()}
+
+
+def set_aside() -> None:
+    """Takes all that lives now out of the garbage collector's search, which would take longer than a measurement."""
+    gc.collect()
+    gc.freeze()
+
+
+def clear() -> None:
+    """Gives back what measures left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

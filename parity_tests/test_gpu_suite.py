@@ -1,0 +1,397 @@
+"""The GPU suite without a GPU: its code at tiny sizes, its reckoning, and how it resumes, stops and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu import run as runner
+from benchmarks.gpu import tune as tuner
+from benchmarks.gpu.catalogue import Measure, measures
+from benchmarks.gpu.measure import LostContextError, Outcome, real_sizes, rehearsal_sizes
+from benchmarks.gpu.parity import compare, compare_programs
+from benchmarks.gpu.parity_run import read_report, run_within
+from benchmarks.gpu.reckoning import (
+    Ceilings,
+    Work,
+    append_work,
+    candidate_work,
+    decode_work,
+    ffn_work,
+    history_work,
+    linear_work,
+    prefill_work,
+    windows,
+)
+from benchmarks.gpu.table import gpu_markdown
+from benchmarks.gpu.timing import HostTimer
+from benchmarks.measure import Row
+from benchmarks.suite import new_suite, read_suite
+from onetrans.errors import DataError, JobError, ParityError
+from onetrans.kernels.launch import Device, LaunchConfig, choose
+from onetrans.kernels.launch import table as launch_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CEILINGS = {"ceilings": {"copy": 4e12, "matmul": {"bfloat16": 8e14, "float16": 8e14}, "launch": 1e-6}}
+
+
+def suite(*arguments, timeout=120):
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
+    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **hidden, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+@pytest.mark.parametrize("arguments", [(), ("--tune",), ("--only", "ceilings")])
+def test_without_a_gpu_one_line_says_what_is_missing(arguments):
+    done = suite(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the GPU suite needs a CUDA device, and torch ")
+    assert line.endswith("or try the suite's code with --rehearse")
+
+
+def test_a_rehearsal_runs_the_suites_code_and_keeps_nothing():
+    before = {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
+    named = [
+        "ceilings",
+        "append/onetrans-s/bfloat16",
+        "prefill_compiled/onetrans-s/bfloat16",
+        "mixed_ffn/onetrans-l/float16",
+        "history_attention/onetrans-l/float16",
+        "candidate_attention/onetrans-s/bfloat16",
+        "candidate_flex/onetrans-s/float16",
+    ]
+    done = suite("--rehearse", *(part for name in named for part in ("--only", name)))
+    assert done.returncode == 0, done.stderr
+    for name in named:
+        assert f" {name}:" in done.stderr
+    assert "skipped, since they need a GPU: sdpa-flash, sdpa-cudnn, sdpa-efficient" in done.stderr
+    assert "cannot run" not in done.stderr
+    assert "is not the reference's" not in done.stderr
+    for way in ("kernels", "eager", "sdpa-math", "expand + sdpa-math", "flex", "torch.compile reduce-overhead"):
+        assert f"{way} " in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
+
+
+def test_what_is_asked_for_by_name():
+    known = measures()
+    assert [m.name for m in runner.chosen(("decode/onetrans-l",), known)] == [
+        "decode/onetrans-l/bfloat16",
+        "decode/onetrans-l/float16",
+    ]
+    assert {m.name for m in runner.chosen(("*/bfloat16",), known)} < set(known)
+    assert len(runner.chosen((), known)) == len(known)
+    assert list(known)[:3] == ["tests", "ceilings", "decode/onetrans-l/bfloat16"]
+
+
+# --- reckoning, by hand
+
+
+def test_operations_and_bytes_of_kernels():
+    # the last 2 of 3 tokens see 2 and 3; two products of 2 operations, 4 heads of 8; q, out, k and v in 2 bytes
+    assert history_work(queries=2, window=3, heads=4, width=8) == Work(flops=4 * 32 * 5, bytes=2 * 32 * (4 + 6))
+    # 2 positions over a window of 3: 3 + 1 and 3 + 2 pairs, of each of 5 candidates
+    found = candidate_work(candidates=5, positions=2, window=3, heads=1, width=16)
+    assert found == Work(flops=4 * 16 * 5 * 9, bytes=2 * 16 * (4 * 10 + 6))
+    found = linear_work(positions=2, rows=3, inner=4, columns=5, gain=True, residual=True)
+    assert (found.flops, found.bytes) == (2 * 2 * 3 * 4 * 5, 2 * (2 * 3 * 4 + 2 * (2 * 3 * 5) + 2 * 4 * 5 + 4))
+    found = ffn_work(positions=1, rows=3, inner=4, hidden=16)
+    assert (found.flops, found.weight_bytes) == (2 * 2 * 3 * 4 * 16, 2 * (2 * 4 * 16 + 4))
+
+
+def test_floors_and_predictions():
+    limits = Ceilings(copy=1e3, matmul={"bfloat16": 1e6}, launch=1.0)
+    work = Work(flops=3_000_000, bytes=2000, weight_bytes=500)
+    assert limits.floor(work, "bfloat16") == 3.0
+    assert limits.weight_floor(Work(flops=1, bytes=9000, weight_bytes=500), "bfloat16") == 0.5
+    assert limits.predict(work, "bfloat16") == pytest.approx(6.0 + 2e-6)
+    assert limits.predict(work + work, "bfloat16", 5) == pytest.approx(12.0 + 1e-5)
+
+
+def test_programs_reckoned_as_the_issue_has_them():
+    """Decode of OneTrans-L reads 0.5 GB of weights; prefill of S does 8 GFLOP or so, an append of 8 a hundredth."""
+    small, large = (real_sizes(name).config for name in ("onetrans-s", "onetrans-l"))
+    decode = decode_work(large, 1190, 100)
+    assert 0.48e9 < decode.weight_bytes < 0.53e9
+    assert 0.06e12 < decode.flops < 0.08e12
+    prefill, append = prefill_work(small, 1190), append_work(small, 1100, 8)
+    assert 8e9 < prefill.flops < 9e9
+    assert 0.008 < append.flops / prefill.flops < 0.015
+    assert append.weight_bytes == prefill.weight_bytes
+    assert windows(small, 1190) == [1190, 1190, 998, 742, 518, 294]
+
+
+def test_the_rehearsal_appends_exactly_and_shrinks_its_windows():
+    sizes = rehearsal_sizes("onetrans-s")
+    assert windows(sizes.config, sizes.prefill)[1] < sizes.prefill
+    chunk = sizes.config.append_chunk
+    assert sizes.before // chunk == (sizes.before + sizes.new) // chunk
+
+
+# --- parity
+
+
+def test_what_is_not_written_never_passes():
+    gold = torch.randn(4, 4, dtype=torch.float64)
+    plain = gold.to(torch.bfloat16)
+    assert compare(plain, plain, gold).passed
+    broken = plain.clone()
+    broken[0, 0] = float("nan")
+    assert not compare(broken, plain, gold).passed
+    assert not compare(plain + 0.1, plain, gold).passed
+    lengths = torch.tensor([3])
+    values = {"k0": plain, "lengths": lengths}
+    wanted = {"k0": gold, "lengths": lengths}
+    assert compare_programs(values, values, wanted, torch.bfloat16).passed
+    assert not compare_programs({**values, "k0": broken}, values, wanted, torch.bfloat16).passed
+    with pytest.raises(ParityError, match="output lengths differs"):
+        compare_programs({**values, "lengths": lengths + 1}, values, wanted, torch.bfloat16)
+
+
+# --- the runner
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def stage(monkeypatch, tmp_path):
+    """A suite of pretended measures: run(names of measures with what they take or raise, …) gives what was measured."""
+    clock = Clock()
+    tests = Outcome()
+    monkeypatch.setattr(runner, "check_device", lambda: None)
+    monkeypatch.setattr(runner, "CudaTimer", HostTimer)
+    monkeypatch.setattr(runner, "run_tests", lambda context, seconds: tests)
+    monkeypatch.setattr(runner, "key", lambda look: {"source": stage.source, "quick": look})
+
+    def stage(plan, **options):
+        done = []
+
+        def measure(name, takes):
+            def go(context):
+                done.append(name)
+                if isinstance(takes, BaseException):
+                    raise takes
+                clock.now += takes
+                row = Row(what=name, unit="ms", value=2.0, target=1.0)
+                return Outcome(rows=[row], figures=[CEILINGS] if name == "ceilings" else [])
+
+            seconds = takes if isinstance(takes, float) else 1.0
+            return Measure(name=name, seconds=seconds, run=go, alone=name.startswith("alone"))
+
+        made = {name: measure(name, takes) for name, takes in {"ceilings": 1.0, **plan}.items()}
+        found = {"tests": Measure(name="tests", seconds=1.0, run=None), **made}
+        monkeypatch.setattr(runner, "measures", lambda: found)
+        given = runner.Options(output=tmp_path / "gpu.json", **options)
+        stage.status = runner.Runner(given, clock).run()
+        return done
+
+    stage.clock, stage.tests, stage.output, stage.source = clock, tests, tmp_path / "gpu.json", "a"
+    return stage
+
+
+def test_what_is_held_is_not_measured_again(stage):
+    plan = {"one": 1.0, "two": 1.0}
+    assert stage(plan) == ["ceilings", "one", "two"]
+    assert stage(plan) == []
+    assert stage(plan, only=("one",), fresh=True) == ["ceilings", "one"]
+    stage.source = "another"
+    assert stage(plan, only=("two",)) == ["ceilings", "two"]
+    record = read_suite(stage.output)
+    assert list(record["measures"]) == ["tests", "ceilings", "one", "two"]
+    assert record["measures"]["two"]["rows"][0]["met"] is False
+    assert record["measures"]["two"]["notes"] == ["two: target missed by 100%"]
+
+
+def test_no_measure_starts_when_time_is_up(stage):
+    plan = {"long": 60.0, "longer": 90.0, "short": 5.0, "last": 40.0}
+    assert stage(plan, budget=100.0) == ["ceilings", "long", "short"]
+    assert stage(plan, budget=100.0) == ["longer"]
+    assert stage(plan, budget=100.0) == ["last"]
+    assert stage.status == 0
+
+
+def test_a_measure_that_takes_longer_than_the_budget_is_begun_in_a_run_of_its_own(stage):
+    assert stage({"huge": 1000.0}, budget=10.0) == ["ceilings"]
+    assert stage({"huge": 1000.0}, budget=10.0) == ["huge"]
+
+
+def test_what_failed_is_recorded_and_tried_again_last(stage, capfd):
+    assert stage({"bad": ValueError("no such kernel"), "good": 1.0}) == ["ceilings", "bad", "good"]
+    assert stage.status == 1
+    assert "failed: bad: ValueError: no such kernel" in capfd.readouterr().err
+    held = read_suite(stage.output)["measures"]["bad"]
+    assert (held["failed"], held["rows"]) == ("ValueError: no such kernel", [])
+    assert stage({"bad": 1.0, "good": 1.0, "new": 1.0}) == ["new", "bad"]
+    assert stage.status == 0
+
+
+def test_nothing_is_timed_where_the_tests_failed(stage):
+    stage.tests.failed = "pytest exited with 1"
+    with pytest.raises(JobError, match="the GPU tests failed, so nothing is timed: pytest exited with 1"):
+        stage({"one": 1.0})
+    assert list(read_suite(stage.output)["measures"]) == ["tests"]
+    assert stage({"one": 1.0}, look=True) == ["ceilings", "one"]
+    with pytest.raises(DataError, match="is of a --look run"):
+        gpu_markdown(read_suite(stage.output))
+
+
+def test_a_lost_device_ends_the_run_and_what_was_measured_stays(stage):
+    plan = {"one": 1.0, "crash": LostContextError("the device's context is lost"), "two": 1.0}
+    with pytest.raises(JobError, match="context is lost"):
+        stage(plan)
+    assert list(read_suite(stage.output)["measures"]) == ["tests", "ceilings", "one", "crash"]
+    assert stage({**plan, "crash": 1.0}) == ["two", "crash"]
+
+
+def test_a_measure_in_a_process_of_its_own_is_kept_or_named_as_ended(stage, monkeypatch):
+    calls = []
+
+    def pretend(command, seconds, printed):
+        calls.append((command, seconds))
+        printed.write_text("said")
+        if len(calls) == 1:
+            return None
+        goal = Path(command[command.index("--alone") + 1])
+        goal.write_text(json.dumps({"key": {"source": "a", "quick": False}, "rows": []}))
+        return 0
+
+    monkeypatch.setattr(runner, "run_within", pretend)
+    assert stage({"alone": 50.0}, budget=100.0) == ["ceilings"]
+    held = read_suite(stage.output)["measures"]["alone"]
+    assert held["failed"] == "ended after 119 s"
+    assert stage({"alone": 50.0}, budget=100.0) == []
+    assert read_suite(stage.output)["measures"]["alone"] == {"key": {"source": "a", "quick": False}, "rows": []}
+    assert [command[1:5] for command, _ in calls] == [["-m", "benchmarks.gpu", "--only", "alone"]] * 2
+
+
+def test_look_needs_a_record_of_its_own():
+    with pytest.raises(JobError, match="--look needs --output FILE"):
+        runner.run(runner.Options(look=True))
+
+
+def test_a_process_is_ended_in_time(tmp_path):
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    assert run_within([sys.executable, "-c", code], 2.0, tmp_path / "printed") is None
+    assert (tmp_path / "printed").read_text() == "begun\n"
+    assert run_within([sys.executable, "-c", "raise SystemExit(3)"], 20.0, tmp_path / "printed") == 3
+
+
+def test_the_tests_report_is_counted(tmp_path):
+    report = tmp_path / "report.xml"
+    cases = (
+        '<testcase classname="a" name="one"/>'
+        '<testcase classname="a" name="two"><failure message="1 ==\n 2"/></testcase>'
+        '<testcase classname="a" name="three"><skipped/></testcase>'
+        '<testcase classname="a" name="four"><error/></testcase>'
+    )
+    report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    counts, failures = read_report(report)
+    assert counts == {"passed": 1, "failed": 2, "skipped": 1}
+    assert failures == ["a::two: 1 == 2", "a::four: "]
+    assert read_report(tmp_path / "absent.xml")[0]["passed"] == 0
+
+
+def test_the_readmes_table():
+    record = new_suite("gpu")
+    seconds = {"value": 2e-4, "low": 1.9e-4, "high": 2.1e-4}
+    figures = [
+        {"case": "prefill of 3 events, s, float16", "contestant": way, "seconds": seconds, "floor": 1e-5}
+        for way in ("kernels", "eager")
+    ]
+    row = {"unit": "ms", "value": 0.2, "low": None, "high": None, "prediction": 0.1, "at_least": False}
+    record["measures"]["prefill"] = {
+        "key": {"quick": False, "device": "A GPU", "torch": "2.11", "cuda": "13.0", "triton": "3.6"},
+        "environment": {"commit": None, "dirty": None, "date": "2026-11-22T00:00:00"},
+        "rows": [
+            {**row, "what": "prefill", "target": 0.3, "met": True},
+            {**row, "what": "x", "target": None, "met": None},
+        ],
+        "figures": figures,
+    }
+    text = gpu_markdown(record)
+    assert "| prefill | ≤ 0.3 ms | 0.1 ms | 0.2 ms | yes |" in text
+    assert "| prefill of 3 events, s, float16 | 0.200 | 0.200 | 0.010 |" in text
+    assert "| x |" not in text
+    assert text.endswith(
+        "Measured on one A GPU, torch 2.11, CUDA 13.0, Triton 3.6; no checkout; 2026-11-22. Intervals are of 95%.\n"
+    )
+
+
+# --- tuning
+
+
+def test_a_forced_configuration_is_chosen_while_it_is_forced():
+    device, what = (
+        Device(capability=90, name="none"),
+        launch_table.problem("history_attention", "float16", 8, E=64, H=4),
+    )
+    usual = LaunchConfig(block_m=64, block_n=64)
+    other = LaunchConfig(block_m=128, block_n=32, warps=8)
+    assert choose(what, device, lambda *_: usual) == usual
+
+    def default(*_):
+        return usual
+
+    assert choose(what, device, default) == usual
+    with launch_table.forced("history_attention", other):
+        assert choose(what, device, default) == other
+    assert choose(what, device, default) == usual
+
+
+def test_every_problem_of_the_programs_is_tuned_once():
+    found = tuner.tasks(real_sizes)
+    names = [task.name for task in found]
+    assert len(set(names)) == len(names)
+    assert {task.problem.op for task in found} == set(tuner.CONFIGS)
+    assert {task.problem.dtype for task in found} == {"bfloat16", "float16"}
+    assert all(task.cases for task in found)
+
+
+def test_a_winner_goes_into_the_tuned_table_and_a_loser_out_of_it(monkeypatch, tmp_path):
+    table = tmp_path / "tuned.json"
+    table.write_text("{}")
+    monkeypatch.setattr(launch_table, "TABLE", table)
+    monkeypatch.setattr(tuner, "CudaTimer", HostTimer)
+    monkeypatch.setattr(tuner, "device_of", lambda where: Device(capability=90, name="A GPU"))
+    monkeypatch.setattr(tuner, "device_name", lambda: "A GPU")
+    options = runner.Options(output=tmp_path / "gpu.json")
+    made = tuner.Tuner(options)
+    task = tuner.tasks(real_sizes)[0]
+    best = {"block_m": 64, "block_n": 32}
+    launch_table.tuned.cache_clear()
+    try:
+        made.keep(task, {"won": True, "best": best})
+        where = json.loads(table.read_text())
+        assert where == {"A GPU": {task.problem.op: {task.problem.dtype: {task.problem.key: best}}}}
+        key = ("A GPU", task.problem.op, task.problem.dtype, task.problem.key)
+        assert launch_table.tuned()[key] == LaunchConfig(**best)
+        made.keep(task, {"won": False, "best": best})
+        assert key not in launch_table.tuned()
+    finally:
+        launch_table.tuned.cache_clear()
+    held = read_suite(tmp_path / "gpu-tuning.json")["measures"]
+    assert list(held) == [task.name]
