@@ -93,12 +93,9 @@ def run(stack: Stack, case: Mapping[str, np.ndarray], lengths: list[int]) -> tup
         _, out = stack(s, None, candidate, start_U, length_U)
     for block in stack.blocks:
         del block.history_keys
-    windows = layer_windows(c, start_U, length_U)
+    new_length = layer_windows(c, start_U, length_U).new_length
     states = [
-        [
-            Segment(k[u, : w.new_length[u]], v[u, : w.new_length[u]], w.new_length[u])
-            for k, v, w in zip(*captured, windows, strict=True)
-        ]
+        [Segment(k[u, :n], v[u, :n], n) for k, v, n in zip(*captured, new_length[u], strict=True)]
         for u in range(len(lengths))
     ]
     return out.view(c.l_ns, len(lengths), C, c.d).permute(1, 2, 0, 3), states

@@ -34,14 +34,15 @@ def test_every_kernel_compiles_for_every_architecture_and_has_no_fault(tmp_path:
     assert {(row["model"], row["capability"]) for row in variants} == {
         (model, capability) for model in ("onetrans-s", "onetrans-l") for capability in (80, 90, 100)
     }
-    entries = {"mixed_linear", "mixed_ffn", "history_attention", "candidate_attention", "candidate_fold"}
+    entries = {"mixed_linear", "mixed_ffn", "history_attention", "candidate_attention"}
+    entries |= {"candidate_fold", "queried_rows"}
     for capability in (80, 90, 100):
         assert {row["entry"].removesuffix("_kernel") for row in variants if row["capability"] == capability} == entries
     for row in variants:
         assert row["spilled"] == 0
         assert row["scratch"] == 0
         assert 0 < row["registers"] <= 255
-        if "fold" not in row["entry"]:
+        if row["entry"] not in ("candidate_fold_kernel", "queried_rows_kernel"):
             wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[row["capability"]]
             assert row["matrix"][wanted] > 0, row["name"]
     kept = sorted((tmp_path / "kernels" / "sm_90").iterdir())

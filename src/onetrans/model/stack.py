@@ -5,6 +5,7 @@ S-tokens share one set of weights per layer; each NS position has its own. Dimen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,40 +46,38 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class LayerWindow:
-    """Where a layer's window lies in the new tokens.
+class Windows:
+    """Where every layer's window lies in the new tokens; all layers at once, since each operation is a launch.
 
     Attributes:
-        q_start: First new token that queries, counted from the first that enters the layer [U].
-        new_length: New tokens that enter the layer [U].
-        past_length: Tokens of the past that the layer still sees [U].
-        capacity: Most new tokens that can query; None where no token is dropped.
+        q_start: First new token that queries, counted from the first that enters the layer [U, layers].
+        new_length: New tokens that enter the layer [U, layers].
+        past_length: Tokens of the past that the layer still sees [U, layers].
+        capacity: Most new tokens that can query in each layer; None where no token is dropped.
     """
 
     q_start: torch.Tensor
     new_length: torch.Tensor
     past_length: torch.Tensor
-    capacity: int | None
+    capacity: tuple[int | None, ...]
 
 
-def layer_windows(config: StackConfig, start_U: torch.Tensor, length_U: torch.Tensor) -> list[LayerWindow]:
+def layer_windows(config: StackConfig, start_U: torch.Tensor, length_U: torch.Tensor) -> Windows:
     """Windows of every layer for new tokens start … start + length - 1 of the history (the rule: features.windows)."""
-    total = start_U + length_U
-    anchor = total - total % config.append_chunk
     keeps = (config.max_history, *config.keep)
-    starts = [(anchor - keep).clamp(min=0) for keep in keeps]
-    windows = []
-    for layer in range(len(config.keep)):
-        enters = torch.maximum(start_U, starts[layer])
-        windows.append(
-            LayerWindow(
-                q_start=torch.maximum(start_U, starts[layer + 1]) - enters,
-                new_length=total - enters,
-                past_length=(start_U - starts[layer]).clamp(min=0),
-                capacity=None if keeps[layer + 1] == keeps[layer] else keeps[layer + 1] + config.append_chunk - 1,
-            )
-        )
-    return windows
+    start_U1, total_U1 = start_U[:, None], (start_U + length_U)[:, None]
+    anchor_U1 = total_U1 - total_U1 % config.append_chunk
+    begins = (anchor_U1 - torch.tensor(keeps, device=start_U.device)).clamp(min=0)  # [U, layers + 1]
+    firsts = torch.maximum(start_U1, begins)
+    enters = firsts[:, :-1]
+    return Windows(
+        q_start=firsts[:, 1:] - enters,
+        new_length=total_U1 - enters,
+        past_length=(start_U1 - begins[:, :-1]).clamp(min=0),
+        capacity=tuple(
+            None if after == before else after + config.append_chunk - 1 for before, after in itertools.pairwise(keeps)
+        ),
+    )
 
 
 def take_rows(x_UND: torch.Tensor, start_U: torch.Tensor, rows: int) -> torch.Tensor:
@@ -151,20 +150,22 @@ class Block(nn.Module):
         return state_value(k, f"k{self.index}"), state_value(v, f"v{self.index}")
 
     def history(
-        self, x_UND: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: LayerWindow, past: Segment | None
+        self, x_UND: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: Windows, past: Segment | None
     ) -> torch.Tensor:
         """The S-tokens that the layer queries, [U, Nq, D]."""
         c = self.config
-        if window.capacity is not None:
-            rows = torch.sym_min(x_UND.shape[1], window.capacity)
-            x_UND = take_rows(x_UND, window.q_start, rows)
+        capacity, q_start = windows.capacity[self.index], windows.q_start[:, self.index]
+        if capacity is not None:
+            rows = torch.sym_min(x_UND.shape[1], capacity)
+            x_UND = take_rows(x_UND, q_start, rows)
         U, N, D = x_UND.shape
         x = x_UND.reshape(1, U * N, D)
         scale = self.qkv_scale[0].to(self.wq_s.dtype)
         bias = self._bias("bq_s")
         q = mixed_linear(x, self.wq_s * scale, self.norm1, c.eps, None if bias is None else bias * scale, None)
         past_args = (None, None, None) if past is None else (past.k, past.v, past.length)
-        out = history_attention(self._heads(q.view(U, N, D)), k, v, window.q_start, window.new_length, *past_args)
+        new_length = windows.new_length[:, self.index]
+        out = history_attention(self._heads(q.view(U, N, D)), k, v, q_start, new_length, *past_args)
         out = out.reshape(1, U * N, D)
         x = x + out if c.output_projection == "none" else mixed_linear(out, self.wo_s, None, c.eps, None, x)
         x = mixed_ffn(
@@ -246,15 +247,15 @@ class Stack(nn.Module):
             The user-scope and the candidate-scope NS-tokens after the last layer, shapes as they came.
         """
         windows = layer_windows(self.config, start_U, length_U)
-        past_UN = state_value(torch.stack([window.past_length for window in windows], dim=1), "past_lengths")
-        lengths_UN = past_UN + torch.stack([window.new_length for window in windows], dim=1)
+        past_UN = state_value(windows.past_length, "past_lengths")
+        lengths_UN = past_UN + windows.new_length
         lengths_UN = state_value(lengths_UN, "lengths")
         first = 0 if user_PUD is None else user_PUD.shape[0]
         user_length_U = state_value(torch.full_like(start_U, first), "user_length")
-        for index, (block, window) in enumerate(zip(self.blocks, windows, strict=True)):
+        for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             before = None if past is None else Segment(*past[index], past_UN[:, index])
-            args = (block, s_UND, user_PUD, candidate_PBD, window, lengths_UN[:, index], user_length_U, before)
+            args = (block, s_UND, user_PUD, candidate_PBD, windows, lengths_UN[:, index], user_length_U, before)
             if self.recompute and self.training:
                 s_UND, user_PUD, candidate_PBD = checkpoint(self._layer, *args, use_reentrant=False)
             else:
@@ -267,7 +268,7 @@ class Stack(nn.Module):
         s_UND: torch.Tensor,
         user_PUD: torch.Tensor | None,
         candidate_PBD: torch.Tensor,
-        window: LayerWindow,
+        windows: Windows,
         window_length_U: torch.Tensor,
         user_length_U: torch.Tensor,
         past: Segment | None,
@@ -277,7 +278,7 @@ class Stack(nn.Module):
             segments = [Segment(k, v, window_length_U)]
         else:
             segments = [past, Segment(k, v, window_length_U - past.length)]
-        s_UND = block.history(s_UND, k, v, window, past)
+        s_UND = block.history(s_UND, k, v, windows, past)
         first = 0
         if user_PUD is not None:
             first = user_PUD.shape[0]

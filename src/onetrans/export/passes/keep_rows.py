@@ -25,7 +25,7 @@ def keep_rows(program: Program) -> tuple[Program, tuple[str, ...]]:
     copies: dict[fx.Node, fx.Node] = {}
     gone: list[str] = []
     for node in program.module.graph.nodes:
-        source = _selected_from(node)
+        source = selected_from(node)
         if source is not None:
             copies[node] = copies[source]
             gone.append(node.name)
@@ -50,7 +50,7 @@ def keep_rows(program: Program) -> tuple[Program, tuple[str, ...]]:
     return remove_dead_code(changed)[0], tuple(gone)
 
 
-def _selected_from(node: fx.Node) -> fx.Node | None:
+def selected_from(node: fx.Node) -> fx.Node | None:
     """x [U, N, D], where the node is x's chosen rows [U, rows, D] (`onetrans.model.stack.take_rows`)."""
     picked = node.args[0] if node.target in VIEWS else None
     if not isinstance(picked, fx.Node) or picked.target is not aten.index_select.default:

@@ -19,6 +19,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
 }
+WITHOUT_PRODUCTS = {"candidate_fold", "queried_rows"}
 TILES = {"WIDE", "BLOCK_M", "BLOCK_N", "BLOCK_K", "STEPS_K", "GROUP", "PAD", "SPLIT"}
 
 
@@ -67,5 +68,5 @@ def _variant(kernel: Any, given: dict[str, Any]) -> Variant:
         signature=signature,
         constants=constants,
         config=config,
-        products="fold" not in stem,
+        products=stem not in WITHOUT_PRODUCTS,
     )

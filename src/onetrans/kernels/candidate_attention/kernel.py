@@ -332,7 +332,7 @@ def launch(
     tiles = triton.cdiv(C, config.block_m // P)
     splits = triton.cdiv(sum(key.shape[1] for key in keys), config.split) + 1
     if apart is None:
-        apart = type(tiles) is int and splits > 2 and tiles * H * U < multiprocessors(q.device)
+        apart = type(tiles) is int and splits > 2 and 4 * tiles * H * U <= multiprocessors(q.device)
     arguments = constants(
         config,
         H=H,

@@ -14,10 +14,12 @@ from torch.utils import _pytree as pytree
 
 import onetrans.kernels.candidate_attention.kernel
 import onetrans.kernels.history_attention.kernel
+import onetrans.kernels.history_attention.rows
 import onetrans.kernels.mixed_ffn.kernel
-import onetrans.kernels.mixed_linear.kernel  # noqa: F401  (these four register the ops)
+import onetrans.kernels.mixed_linear.kernel  # noqa: F401  (these register the ops)
 from onetrans.errors import ExportError
 from onetrans.export.passes.dead_code import remove_dead_code
+from onetrans.export.passes.keep_rows import selected_from
 from onetrans.export.program import Program
 from onetrans.export.subgraph import dtype_name
 from onetrans.features.encode import TensorSpec
@@ -46,7 +48,7 @@ def lower(program: Program) -> Program:
     Raises:
         ExportError: The program is not one that keeps its state in windows.
     """
-    program = _state_in_slabs(_layers_apart(_linears(_copy(program))))
+    program = _state_in_slabs(_layers_apart(_queried_rows(_linears(_copy(program)))))
     graph = program.module.graph
     for node in list(graph.nodes):
         stem = str(node.target).removeprefix("onetrans.").removesuffix(".default")
@@ -110,6 +112,18 @@ def _linears(program: Program) -> Program:
 def _call_size(place: fx.Node, x: fx.Node, axis: int) -> fx.Node | int:
     size = x.meta["val"].shape[axis]
     return size if isinstance(size, int) else _call(place, aten.sym_size.int, x, axis)
+
+
+def _queried_rows(program: Program) -> Program:
+    """The pyramid's choice of rows in one launch."""
+    for node in list(program.module.graph.nodes):
+        source = selected_from(node)
+        if source is not None:
+            index = node.args[0].args[2].args[0]  # flatten(clamp(start[:, None] + arange) + user · N)
+            start = index.args[0].args[0].args[0].args[0]
+            rows = node.args[1][1]
+            node.target, node.args = torch.ops.onetrans_triton.queried_rows.default, (source, start, rows)
+    return program
 
 
 def _layers_apart(program: Program) -> Program:
@@ -238,8 +252,7 @@ def _read(
             q, k, _, q_start, length = node.args[:5]
             layer = layer_of[k]
             total = totals(node, layer)
-            before = _call(node, aten.sub.Tensor, total, length)
-            first = _call(node, aten.add.Tensor, before, q_start)
+            first = _call(node, aten.add.Tensor, _call(node, aten.sub.Tensor, total, length), q_start)
             node.args = (q, slabs[f"k{layer}"], slabs[f"v{layer}"], first, total, None, None, None, slots)
         elif str(node.target) == CANDIDATES:
             q, k, v, keys, values, lengths = node.args[:6]
