@@ -32,7 +32,7 @@ from onetrans.export.targets.triton.target import lower
 from onetrans.kernels.ahead.compile import ARCHITECTURES, Compiled, Variant, compile_variant
 from onetrans.kernels.ahead.record import variants_for
 from onetrans.kernels.launch.config import Device
-from onetrans.kernels.launch.table import problem
+from onetrans.kernels.launch.table import problem, tuned_devices
 from onetrans.kernels.mixed_ffn import configs as ffn_configs
 from onetrans.kernels.mixed_ffn import kernel as ffn
 from onetrans.model.config import ModelConfig
@@ -118,9 +118,13 @@ def compiled(
         for dtype in dtypes:
             lowered = programs(known[name], DTYPES[dtype])
             for capability in architectures:
-                device = Device(capability=capability)
-                variants = launched(known[name], lowered, DTYPES[dtype], device)
-                for variant in [*variants, *fused(known[name], DTYPES[dtype], device)]:
+                plain = Device(capability=capability)
+                variants = fused(known[name], DTYPES[dtype], plain)
+                for device in (plain, *(tuned for tuned in tuned_devices() if tuned.capability == capability)):
+                    for variant in launched(known[name], lowered, DTYPES[dtype], device):
+                        if variant not in variants:
+                            variants.append(variant)
+                for variant in variants:
                     report, artefacts = compile_variant(variant, capability)
                     yield name, variant, report, artefacts
 

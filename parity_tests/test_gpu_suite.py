@@ -249,12 +249,29 @@ def test_what_failed_is_recorded_and_tried_again_last(stage, capfd):
     assert stage.status == 0
 
 
+def test_a_measure_in_which_a_run_was_ended_comes_last_in_the_next(stage):
+    plan = {"one": 1.0, "hangs": KeyboardInterrupt(), "two": 1.0}
+    with pytest.raises(KeyboardInterrupt):
+        stage(plan)
+    assert list(read_suite(stage.output)["measures"]) == ["tests", "ceilings", "one"]
+    with pytest.raises(KeyboardInterrupt):
+        stage(plan)
+    record = read_suite(stage.output)
+    assert list(record["measures"]) == ["tests", "ceilings", "one", "hangs", "two"]
+    assert record["measures"]["hangs"]["failed"] == "the run was ended while it ran"
+    assert stage({**plan, "hangs": 1.0, "three": 1.0}) == ["three", "hangs"]
+    assert "begun" not in read_suite(stage.output)
+
+
 def test_nothing_is_timed_where_the_tests_failed(stage):
     stage.tests.failed = "pytest exited with 1"
     with pytest.raises(JobError, match="the GPU tests failed, so nothing is timed: pytest exited with 1"):
         stage({"one": 1.0})
     assert list(read_suite(stage.output)["measures"]) == ["tests"]
     assert stage({"one": 1.0}, look=True) == ["ceilings", "one"]
+    stage.tests.failed = "they should not run again"
+    assert stage({"two": 1.0}, look=True) == ["two"]
+    assert read_suite(stage.output)["measures"]["tests"]["failed"] == "pytest exited with 1"
     with pytest.raises(DataError, match="is of a --look run"):
         gpu_markdown(read_suite(stage.output))
 
@@ -386,7 +403,8 @@ def test_a_winner_goes_into_the_tuned_table_and_a_loser_out_of_it(monkeypatch, t
     try:
         made.keep(task, {"won": True, "best": best})
         where = json.loads(table.read_text())
-        assert where == {"A GPU": {task.problem.op: {task.problem.dtype: {task.problem.key: best}}}}
+        ops = {task.problem.op: {task.problem.dtype: {task.problem.key: best}}}
+        assert where == {"A GPU": {"capability": 90, "ops": ops}}
         key = ("A GPU", task.problem.op, task.problem.dtype, task.problem.key)
         assert launch_table.tuned()[key] == LaunchConfig(**best)
         made.keep(task, {"won": False, "best": best})

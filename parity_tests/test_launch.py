@@ -49,10 +49,11 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_table_goes_before_the_default_for_its_device_and_problem_alone(tuned) -> None:
     fast = {"block_m": 128, "block_n": 32, "warps": 8, "stages": 2}
-    tuned({"Some GPU": {"some_op": {"bfloat16": {"E=64,H=4": fast}}}})
+    tuned({"Some GPU": {"capability": 90, "ops": {"some_op": {"bfloat16": {"E=64,H=4": fast}}}}})
     here, elsewhere = Device(capability=90, name="Some GPU"), Device(capability=90, name="Another")
     what = problem({"E": 64, "H": 4})
     assert table.choose(what, here, history_configs.default) == LaunchConfig(**fast)
+    assert table.tuned_devices() == [here]
     default = history_configs.default(what, elsewhere)
     assert table.choose(what, elsewhere, history_configs.default) == default != LaunchConfig(**fast)
     assert table.choose(problem({"E": 96, "H": 4}), here, history_configs.default) != LaunchConfig(**fast)

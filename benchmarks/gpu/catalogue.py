@@ -50,6 +50,7 @@ def _all() -> Iterator[Measure]:
     yield _of("candidate_flex", kernels.candidate_flex, "onetrans-l", "bfloat16", 40)
     yield _of("candidate_flex", kernels.candidate_flex, "onetrans-s", "bfloat16", 40)
     yield _of("request", passes.request, "onetrans-s", "bfloat16", 15)
+    yield _unsplit("onetrans-s", "bfloat16", 240)
     done = {("prefill", "onetrans-s"), ("decode", "onetrans-l"), ("request", "onetrans-s")}
     programs = {"prefill": passes.prefill, "append": passes.append, "decode": passes.decode, "request": passes.request}
     for dtype in DTYPES:
@@ -64,7 +65,6 @@ def _all() -> Iterator[Measure]:
     for model in MODELS:
         yield _of("history_attention", kernels.history_attention, model, "float16", 15)
         yield _of("candidate_attention", kernels.candidate_attention, model, "float16", 25)
-    yield _unsplit("onetrans-s", "bfloat16", 240)
     yield _unsplit("onetrans-l", "bfloat16", 300)
     for dtype in DTYPES:
         for model in MODELS:

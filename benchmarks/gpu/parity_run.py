@@ -33,7 +33,8 @@ def run_tests(context: Context, seconds: float) -> Outcome:
     if not files:
         outcome.failed = f"there are no tests {TESTS.name}/{TEST_FILES}"
         return outcome
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["--noconftest", *files]  # what the other tests need may not be installed here
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 2)
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         command += ["-n", str(workers)]

@@ -29,6 +29,7 @@ from onetrans.errors import JobError
 
 GRACE = 20.0  # seconds beyond the budget after which a measure in a process of its own is ended
 RECOMPILES = 64
+BEGUN = "begun"  # in the record while a measure runs: its name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,10 @@ class Runner:
             return self.run_alone(wanted[0], self.options.alone)
         if not self.options.rehearse:
             wanted = self.with_needed(wanted)
+            self.name_the_ended()
         todo = pending(self.record, wanted, self.keys, self.options.fresh or self.options.rehearse)
+        if self.options.look and not self.options.fresh:  # they may have failed, and would again
+            todo = [m for m in todo if m.name != TESTS or not self.was_tried(m)]
         held = self.record["measures"].get(CEILINGS)
         if stands(held, self.keys[CEILINGS]):
             self.context.ceilings = read_ceilings(held)
@@ -152,6 +156,19 @@ class Runner:
         """Tests and ceilings before all else."""
         return list({m.name: m for m in (self.known[TESTS], self.known[CEILINGS], *wanted)}.values())
 
+    def was_tried(self, measure: Measure) -> bool:
+        """Whether the record holds an entry of this device, these versions and this source, failed or not."""
+        held = self.record["measures"].get(measure.name)
+        return held is not None and held["key"] == self.keys[measure.name]
+
+    def name_the_ended(self) -> None:
+        """Notes that a measure failed in which an earlier run was ended, so that it does not end this one as early."""
+        measure = self.known.get(self.record.pop(BEGUN, ""))
+        if measure is not None and measure.name not in (TESTS, CEILINGS):
+            outcome = Outcome(failed="the run was ended while it ran")
+            self.say(f"{measure.name}:")
+            self.keep(measure.name, self.entry(measure, outcome, surroundings(self.options.commit), 0.0, False))
+
     def go_through(self, todo: Sequence[Measure]) -> list[Measure]:
         """Measures while there is time; gives what did not fit."""
         waiting = []
@@ -162,6 +179,9 @@ class Runner:
                 continue
             started = True
             self.say(f"{measure.name}:")
+            if not self.options.rehearse:
+                self.record[BEGUN] = measure.name
+                write_json(self.options.output, self.record)
             entry = self.measure(measure)
             if entry.get("failed"):
                 self.failed.append(f"{measure.name}: {entry['failed']}")
@@ -238,6 +258,7 @@ class Runner:
         """Puts an entry into the record, which is written at once."""
         held = self.record["measures"]
         held[name] = entry
+        self.record.pop(BEGUN, None)
         self.record["measures"] = {n: held[n] for n in self.known if n in held}
         write_json(self.options.output, self.record)
 

@@ -66,7 +66,7 @@ class CudaTimer:
         self._sum = torch.empty((), device="cuda")
 
     def graph(self, calls: Sequence[Callable[[], Any]]) -> Run:
-        """Warms up on a side stream, then captures. What a call returns lies in the graph's memory, in `kept`."""
+        """Warms up on a side stream, then captures; `kept` holds what calls return, in the graph's memory, and take."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -75,12 +75,15 @@ class CudaTimer:
                     call()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            kept = [call() for call in calls]
+        captured, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(captured):
+                kept = [call() for call in calls]
+        finally:
+            torch.cuda.set_stream(outside)  # a capture that fails leaves its own stream current
         captured.replay()
         torch.cuda.synchronize()
-        return Run(go=captured.replay, calls=len(calls), kept=(captured, kept))
+        return Run(go=captured.replay, calls=len(calls), kept=(captured, kept, calls))
 
     def plain(self, call: Callable[[], Any]) -> Run:
         """Warms up."""

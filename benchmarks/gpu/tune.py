@@ -306,7 +306,8 @@ class Tuner:
         write_json(self.path, self.record)
         what = task.problem
         tuned = json.loads(launch_table.TABLE.read_text(encoding="utf-8"))
-        keys = tuned.setdefault(device_name(), {}).setdefault(what.op, {}).setdefault(what.dtype, {})
+        here = tuned.setdefault(device_name(), {"capability": self.device.capability, "ops": {}})
+        keys = here["ops"].setdefault(what.op, {}).setdefault(what.dtype, {})
         keys.pop(what.key, None)
         if entry["won"]:
             keys[what.key] = entry["best"]

@@ -172,14 +172,15 @@ def sdpa(case: HistoryCase | CandidateCase, backends: dict[str, SDPBackend]) -> 
     return ways
 
 
-def _mask(backend: SDPBackend, queries: int, keys: int, device: torch.device) -> dict[str, Any]:
+def _mask(backend: SDPBackend, queries: int, keys: int, like: torch.Tensor) -> dict[str, Any]:
     """Lower-right causality as the backend takes it; is_causal is upper-left there."""
     if queries == keys:
         return {"is_causal": True}
     if backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         return {"attn_mask": causal_lower_right(queries, keys)}
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return {"attn_mask": seen}
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
+    # added to the scores: SDPA would turn a mask of booleans into this in every call, and that would be timed
+    return {"attn_mask": torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, torch.finfo(like.dtype).min)}
 
 
 def _attend(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
@@ -190,7 +191,7 @@ def _attend(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
 def _history_sdpa(case: HistoryCase, name: str, backend: SDPBackend) -> Way:
     def prepare(inputs: HistoryInputs) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (inputs.q, *inputs.window))
-        return q, k, v, _mask(backend, case.queries, case.window, q.device)
+        return q, k, v, _mask(backend, case.queries, case.window, q)
 
     return Way(
         name=name,
@@ -210,7 +211,7 @@ def _candidate_sdpa(case: CandidateCase, name: str, backend: SDPBackend) -> list
 
     def parts(inputs: CandidateInputs) -> Any:
         q, k, v = (_by_candidate(case, x) for x in (inputs.q, inputs.k, inputs.v))
-        return q.transpose(1, 2), inputs.window, (k, v), _mask(backend, P, N + P, q.device)
+        return q.transpose(1, 2), inputs.window, (k, v), _mask(backend, P, N + P, q)
 
     def expand(windows: Any, own: Any) -> list[torch.Tensor]:
         joined = [torch.cat([w.expand(C, -1, -1, -1), o], dim=1) for w, o in zip(windows, own, strict=True)]

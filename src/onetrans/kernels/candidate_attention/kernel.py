@@ -28,7 +28,7 @@ INTEGERS = ("C", "rows", "capacity0", "capacity1", "capacity2")
 @triton.jit(do_not_specialize=INTEGERS)
 def candidate_attention_kernel(
     q, k, v, key0, key1, key2, value0, value1, value2, length0, length1, length2, slots, starts,
-    out, part, part_m, part_total, C, rows, capacity0, capacity1, capacity2,
+    C, rows, capacity0, capacity1, capacity2, out, part, part_m, part_total,
     H: tl.constexpr, P: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, ROW: tl.constexpr, TOKEN: tl.constexpr,
     SEGMENTS: tl.constexpr, HAS_SLOTS: tl.constexpr, RAGGED: tl.constexpr, APART: tl.constexpr, GROUP: tl.constexpr,
     PAD: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
@@ -145,7 +145,7 @@ def candidate_attention_kernel(
 
 @triton.jit(do_not_specialize=("C", "rows", "splits"))
 def candidate_fold_kernel(
-    part, part_m, part_total, length0, length1, length2, starts, out, C, rows, splits,
+    part, part_m, part_total, length0, length1, length2, starts, C, rows, splits, out,
     H: tl.constexpr, P: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
     GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -207,9 +207,9 @@ def signature(dtype: str) -> dict[str, str]:
     return {
         **dict.fromkeys(("q", "k", "v", *values), f"*{dtype}"),
         **dict.fromkeys(lengths, "*i64"),
+        **dict.fromkeys(INTEGERS, "i32"),
         "out": f"*{dtype}",
         **dict.fromkeys(("part", "part_m", "part_total"), "*fp32"),
-        **dict.fromkeys(INTEGERS, "i32"),
     }
 
 
@@ -218,8 +218,8 @@ def fold_signature(dtype: str) -> dict[str, str]:
     return {
         **dict.fromkeys(("part", "part_m", "part_total"), "*fp32"),
         **dict.fromkeys((*(f"length{i}" for i in range(SEGMENTS)), "starts"), "*i64"),
-        "out": f"*{dtype}",
         **dict.fromkeys(("C", "rows", "splits"), "i32"),
+        "out": f"*{dtype}",
     }
 
 
@@ -366,13 +366,13 @@ def launch(
         *at,
         lengths[0] if slots is None else slots.contiguous(),
         ends,
+        C,
+        B,
+        *capacities,
         out,
         part,
         part_m,
         part_total,
-        C,
-        B,
-        *capacities,
         **arguments,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -384,10 +384,10 @@ def launch(
             part_total,
             *at,
             ends,
-            out,
             C,
             B,
             splits,
+            out,
             **{name: arguments[name] for name in FOLD_CONSTANTS},
             num_warps=config.warps,
         )

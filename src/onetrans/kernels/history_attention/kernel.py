@@ -65,7 +65,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def history_attention_kernel(
-    q, k, v, past_k, past_v, q_start, length, past_length, slots, out, Nq, new_capacity, past_capacity,
+    q, k, v, past_k, past_v, q_start, length, past_length, slots, Nq, new_capacity, past_capacity, out,
     H: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, Q_TOKEN: tl.constexpr, TOKEN: tl.constexpr,
     PAST_TOKEN: tl.constexpr, HAS_PAST: tl.constexpr, HAS_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
@@ -139,7 +139,7 @@ def signature(dtype: str) -> dict[str, str]:
     """Types of the run-time arguments, in order."""
     pointers = dict.fromkeys(("q", "k", "v", "past_k", "past_v"), f"*{dtype}")
     lengths = dict.fromkeys(("q_start", "length", "past_length", "slots"), "*i64")
-    return {**pointers, **lengths, "out": f"*{dtype}", **dict.fromkeys(INTEGERS, "i32")}
+    return {**pointers, **lengths, **dict.fromkeys(INTEGERS, "i32"), "out": f"*{dtype}"}
 
 
 def constants(
@@ -214,10 +214,10 @@ def launch(
         length,
         length if past_length is None else past_length.contiguous(),
         q_start if slots is None else slots.contiguous(),
-        out,
         Nq,
         k.stride(0) // strides["k"],
         0 if past_k is None else past_k.stride(0) // strides["past_k"],
+        out,
         **arguments,
         num_warps=config.warps,
         num_stages=config.stages,

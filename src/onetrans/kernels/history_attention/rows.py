@@ -12,7 +12,7 @@ BLOCK_M = 16
 
 
 @triton.jit(do_not_specialize=("N", "rows"))
-def queried_rows_kernel(x, start, out, N, rows, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
+def queried_rows_kernel(x, start, N, rows, out, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
     """Row i of user u is row min(start[u] + i, N - 1) of x [U, N, D]; all are contiguous."""
     user = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -31,9 +31,9 @@ def queried_rows(x: torch.Tensor, start: torch.Tensor, rows: int) -> torch.Tenso
     launcher(queried_rows_kernel)[(triton.cdiv(rows, BLOCK_M), U)](
         x.contiguous(),
         start.contiguous(),
-        out,
         N,
         rows,
+        out,
         D=D,
         WIDTH=triton.next_power_of_2(D),
         BLOCK_M=BLOCK_M,

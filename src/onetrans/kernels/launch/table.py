@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onetrans.kernels.launch.config import Device, LaunchConfig, Problem, bucket
 
-TABLE = Path(__file__).with_name("tuned.json")  # {device name: {op: {dtype: {key: fields}}}}
+TABLE = Path(__file__).with_name("tuned.json")  # {device name: {"capability": 90, "ops": {op: {dtype: {key: fields}}}}}
 VARIABLE = "ONETRANS_BATCH_INVARIANT"
 
 
@@ -32,11 +32,17 @@ def tuned() -> Mapping[tuple[str, str, str, str], LaunchConfig]:
     """The table, by device name, op, dtype and key."""
     return {
         (device, op, dtype, key): LaunchConfig(**fields)
-        for device, ops in json.loads(TABLE.read_text(encoding="utf-8")).items()
-        for op, dtypes in ops.items()
+        for device, body in json.loads(TABLE.read_text(encoding="utf-8")).items()
+        for op, dtypes in body["ops"].items()
         for dtype, keys in dtypes.items()
         for key, fields in keys.items()
     }
+
+
+def tuned_devices() -> list[Device]:
+    """The devices that the table has configurations for."""
+    body = json.loads(TABLE.read_text(encoding="utf-8"))
+    return [Device(capability=found["capability"], name=name) for name, found in body.items()]
 
 
 @functools.cache
