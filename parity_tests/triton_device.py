@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,25 @@ if DEVICE == "cpu":
 
 HALVES = [torch.bfloat16, torch.float16]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
+
+
+def fuse_multiply_add() -> None:
+    """Gives the interpreter a multiply-add that rounds once, as hardware does; its own rounds twice.
+
+    Twice-rounded sums agree by luck where a device's would not: exp2(fma(m, c, -m * c)) is 1 with them, and there not.
+    """
+    from triton.runtime import interpreter
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        wide = np.promote_types(x.data.dtype, np.float64)
+        once = (x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)).astype(x.data.dtype)
+        return interpreter.TensorHandle(once, x.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma  # type: ignore[method-assign]
+
+
+if DEVICE == "cpu" and importlib.util.find_spec("triton") is not None:
+    fuse_multiply_add()
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks.gpu.cases import SLOT
 from benchmarks.gpu.measure import OURS, Contestant, Context, Outcome, compete, faster_row, reason, seconds_row
-from benchmarks.gpu.parity import Parity, Values, compare_programs
+from benchmarks.gpu.parity import OTHERS, Parity, Values, compare_programs
 from benchmarks.gpu.programs import (
     Built,
     Chain,
@@ -102,6 +103,7 @@ def decode(
     built, outcome = build(context, model, dtype), Outcome()
     sizes = built.sizes
     chain = prefilled(built, sizes.prefill)
+    profiled: list[tuple[str, Values]] = []
     if only is not None and context.rehearse:
         only = sizes.request
     for C in sizes.candidates if only is None else (only,):
@@ -119,9 +121,11 @@ def decode(
         _report(context, outcome, name, blocks, work, dtype, built.launches["decode"])
         if OURS in blocks and sizes.request == C:
             outcome.rows.append(_over_floor(context, name, blocks, work, built))
-            _where(context, outcome, name, built, "decode", own)
+            profiled = [(name, own)]
         del given, own, gold, plain, judge, contestants, blocks
         clear()
+    for name, own in profiled:  # last, lest the profiler be in the way of what is timed
+        _where(context, outcome, name, built, "decode", own)
     return outcome
 
 
@@ -236,7 +240,8 @@ def _called(
 
     def parity() -> Parity:
         with torch.no_grad():
-            return judge({n: v.clone() for n, v in zip(built.plain[kind].outputs, step(), strict=True)})
+            found = judge({n: v.clone() for n, v in zip(built.plain[kind].outputs, step(), strict=True)})
+        return dataclasses.replace(found, bound=OTHERS * found.bound, relative_bound=OTHERS * found.relative_bound)
 
     def timed() -> None:
         with torch.no_grad():

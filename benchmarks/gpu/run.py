@@ -109,7 +109,9 @@ class Runner:
                 setattr(config, name, value)
         self.known = measures()
         self.key = key(look=options.look)
-        self.keys = dict.fromkeys(self.known, self.key) | {TESTS: {**self.key, "tests_sha256": tests_digest()}}
+        self.keys = dict.fromkeys(self.known, self.key) | {
+            TESTS: {**self.key, "quick": False, "tests_sha256": tests_digest()}  # they are the same in a --look run
+        }
         self.record = read_suite(options.output) if options.output.exists() else new_suite("gpu")
         self.failed: list[str] = []
         set_aside()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def collector_at_rest() -> Iterator[None]:
 
 def per_block(blocks: Sequence[Sequence[float]]) -> list[float]:
     """The median of each block."""
-    return [median(block, least=1).value for block in blocks]
+    return [statistics.median(block) for block in blocks]
 
 
 def typical(blocks: Sequence[Sequence[float]]) -> Estimate:

@@ -54,13 +54,18 @@ def token_stride(name: str, x: torch.Tensor, E: int) -> int:
     user, token, head, element = x.stride()
     users, tokens, heads, _ = x.shape
     if tokens == 1:
-        token = heads * E
+        token = user if users > 1 else heads * E
     if x.shape[3] != E or (head, element) != (E, 1) or token < heads * E or (users > 1 and user % token):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; a token's heads must be contiguous, of {E}"
             " elements each, and users a whole number of tokens apart: call .contiguous()"
         )
     return token
+
+
+def capacity(x: torch.Tensor, token: int) -> int:
+    """Tokens from one user of x [U, N, H, E] to the next, of `token` elements each; N where there is one user."""
+    return x.stride(0) // token if x.shape[0] > 1 else x.shape[1]
 
 
 @triton.jit
@@ -79,9 +84,9 @@ def softmax_step(scores, m, total):
     Returns the tile's weights, the new maximum and total, and the factor for what was summed before.
     """
     m_new = tl.maximum(m, tl.max(scores, 1))
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new) * -LOG2E
-    weights = tl.exp2(tl.fma(scores, LOG2E, shift[:, None]))
-    factor = tl.exp2(tl.fma(m, LOG2E, shift))
+    top = tl.where(m_new == float("-inf"), 0.0, m_new)
+    weights = tl.exp2(tl.fma(scores, LOG2E, (top * -LOG2E)[:, None]))
+    factor = tl.exp2((m - top) * LOG2E)  # exactly 1 where the tile holds nothing new, so that such tiles do not count
     return weights, m_new, tl.fma(total, factor, tl.sum(weights, 1)), factor
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.program import Program
@@ -41,7 +42,7 @@ def keep_rows(program: Program) -> tuple[Program, tuple[str, ...]]:
                 with graph.inserting_before(node):
                     zeros = graph.call_function(aten.zeros_like.default, (node.args[Q_START],))
             node.args = (*node.args[:Q_START], zeros, *node.args[Q_START + 1 :])
-    with program.placeholders()[0].meta["val"].fake_mode:
+    with enable_python_dispatcher(), program.placeholders()[0].meta["val"].fake_mode:
         for node in graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

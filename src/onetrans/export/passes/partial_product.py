@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import Argument
 
 from onetrans.export.program import Program
@@ -66,7 +67,8 @@ def _rewrite(
 
     def call(target: torch._ops.OpOverload, args: tuple[Argument, ...], name: str | None = None) -> fx.Node:
         created = graph.create_node("call_function", target, args, name=name)
-        created.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        with enable_python_dispatcher(), node.meta["val"].fake_mode:
+            created.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
         return created
 
     def product(chosen: Mapping[fx.Node, fx.Node], bias: Sequence[Argument], name: str | None) -> fx.Node:

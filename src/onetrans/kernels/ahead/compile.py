@@ -97,7 +97,11 @@ def compile_variant(variant: Variant, capability: int) -> tuple[Compiled, dict[s
     given = {name for name, kind in signature.items() if kind == "constexpr"}
     if given != set(variant.constants) or set(variant.signature) - set(names):
         raise ValueError(f"{variant.name}: arguments {sorted(given ^ set(variant.constants))} are not both ways")
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") and not variant.kernel.params[i].do_not_specialize_on_alignment
+    }
     source = ASTSource(variant.kernel, signature, variant.constants, aligned)
     made = triton.compile(
         source,

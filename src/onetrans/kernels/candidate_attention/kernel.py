@@ -15,17 +15,19 @@ import triton
 import triton.language as tl
 
 from onetrans.kernels.candidate_attention.configs import default, padded
-from onetrans.kernels.candidate_attention.parts import factors, over_keys, over_own, place
-from onetrans.kernels.jit import head_parts, interpreted, launcher, name_of, narrow, token_stride
+from onetrans.kernels.candidate_attention.parts import ends, factors, over_keys, over_own, place
+from onetrans.kernels.jit import capacity, head_parts, interpreted, launcher, name_of, narrow, token_stride
 from onetrans.kernels.launch import LaunchConfig, choose
 from onetrans.kernels.launch.device import device_of, multiprocessors
 from onetrans.kernels.launch.table import problem
 
 SEGMENTS = 3
 INTEGERS = ("C", "rows", "capacity0", "capacity1", "capacity2")
+FOLD_INTEGERS = (*INTEGERS, "splits")
+LENGTHS = ("length0", "length1", "length2", "slots", "starts")  # rows of wider tensors: aligned or not, one variant
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=LENGTHS)
 def candidate_attention_kernel(
     q, k, v, key0, key1, key2, value0, value1, value2, length0, length1, length2, slots, starts,
     C, rows, capacity0, capacity1, capacity2, out, part, part_m, part_total,
@@ -53,7 +55,7 @@ def candidate_attention_kernel(
     if here <= 0:
         return
     real = row_candidate < here
-    position_stride = rows.to(tl.int64) * ROW
+    position_stride = tl.cast(rows, tl.int64) * ROW
     offset = head * E
     q_rows = row_position * position_stride + (first + row_candidate).to(tl.int64) * ROW + offset
     e0 = tl.arange(0, E0)
@@ -66,14 +68,7 @@ def candidate_attention_kernel(
     slot = same
     if HAS_SLOTS:
         slot = tl.load(slots + user).to(tl.int64)
-    end0 = tl.load(length0 + user).to(tl.int32)
-    count = end0
-    end1 = end0
-    if SEGMENTS > 1:
-        end1 = end0 + tl.load(length1 + user).to(tl.int32)
-        count = end1
-    if SEGMENTS > 2:
-        count = end1 + tl.load(length2 + user).to(tl.int32)
+    end0, end1, count = ends(user, length0, length1, length2, capacity0, capacity1, capacity2, SEGMENTS)
     at0 = (slot if SEGMENTS == 1 else same) * capacity0 * TOKEN + offset
     at1 = (slot if SEGMENTS == 2 else same) * capacity1 * TOKEN + offset
     at2 = slot * capacity2 * TOKEN + offset
@@ -128,7 +123,7 @@ def candidate_attention_kernel(
         if E1 > 0:
             acc1 = tl.fma(acc1, before[:, None], next1 * after[:, None])
         total = tl.where(real, total, 1.0)
-        out_rows = (row_position * rows.to(tl.int64) + first + row_candidate) * (H * E) + offset
+        out_rows = (row_position * tl.cast(rows, tl.int64) + first + row_candidate) * (H * E) + offset
         inside = real[:, None]
         tl.store(
             (out + out_rows)[:, None] + e0[None, :],
@@ -143,9 +138,10 @@ def candidate_attention_kernel(
             )
 
 
-@triton.jit(do_not_specialize=("C", "rows", "splits"))
+@triton.jit(do_not_specialize=FOLD_INTEGERS, do_not_specialize_on_alignment=LENGTHS)
 def candidate_fold_kernel(
-    part, part_m, part_total, length0, length1, length2, starts, C, rows, splits, out,
+    part, part_m, part_total, length0, length1, length2, starts,
+    C, rows, capacity0, capacity1, capacity2, splits, out,
     H: tl.constexpr, P: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
     GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -157,11 +153,7 @@ def candidate_fold_kernel(
     first, here, row_candidate, row_position = place(tile, user, starts, C, P, GROUP, RAGGED, BLOCK_M)
     if here <= 0:
         return
-    count = tl.load(length0 + user).to(tl.int32)
-    if SEGMENTS > 1:
-        count += tl.load(length1 + user).to(tl.int32)
-    if SEGMENTS > 2:
-        count += tl.load(length2 + user).to(tl.int32)
+    _, _, count = ends(user, length0, length1, length2, capacity0, capacity1, capacity2, SEGMENTS)
     row = tl.arange(0, BLOCK_M)
     real = row_candidate < here
     e0 = tl.arange(0, E0)
@@ -187,7 +179,7 @@ def candidate_fold_kernel(
             next1 = tl.load(part_rows[:, None] + e1[None, :])
             acc1 = tl.fma(acc1, before[:, None], next1 * after[:, None])
     total = tl.where(real, total, 1.0)
-    out_rows = (row_position * rows.to(tl.int64) + first + row_candidate) * (H * E) + head * E
+    out_rows = (row_position * tl.cast(rows, tl.int64) + first + row_candidate) * (H * E) + head * E
     inside = real[:, None]
     tl.store(
         (out + out_rows)[:, None] + e0[None, :], narrow(acc0 / total[:, None], out.dtype.element_ty, WIDE), mask=inside
@@ -218,7 +210,7 @@ def fold_signature(dtype: str) -> dict[str, str]:
     return {
         **dict.fromkeys(("part", "part_m", "part_total"), "*fp32"),
         **dict.fromkeys((*(f"length{i}" for i in range(SEGMENTS)), "starts"), "*i64"),
-        **dict.fromkeys(("C", "rows", "splits"), "i32"),
+        **dict.fromkeys(FOLD_INTEGERS, "i32"),
         "out": f"*{dtype}",
     }
 
@@ -330,7 +322,8 @@ def launch(
     what = problem("candidate_attention", name_of(q.dtype), B * P, E=E, H=H, P=P)
     config = choose(what, device_of(q.device), default)
     tiles = triton.cdiv(C, config.block_m // P)
-    splits = triton.cdiv(sum(key.shape[1] for key in keys), config.split) + 1
+    capacities = [capacity(key, token) for key in keys]
+    splits = triton.cdiv(sum(capacities), config.split) + 1
     if apart is None:
         apart = type(tiles) is int and splits > 2 and 4 * tiles * H * U <= multiprocessors(q.device)
     arguments = constants(
@@ -351,10 +344,10 @@ def launch(
         for width in ((E, 1, 1) if apart else (1, 1, 1))
     )
     fill = SEGMENTS - segments
+    capacities += [0] * fill
     lengths = [length.contiguous() for length in lengths]
     at = [*lengths, *[lengths[0]] * fill]
     ends = lengths[0] if starts is None else starts.contiguous()
-    capacities = [key.stride(0) // token for key in keys] + [0] * fill
     launcher(candidate_attention_kernel)[(tiles, H * splits if apart else H, U)](
         q,
         k,
@@ -386,6 +379,7 @@ def launch(
             ends,
             C,
             B,
+            *capacities,
             splits,
             out,
             **{name: arguments[name] for name in FOLD_CONSTANTS},

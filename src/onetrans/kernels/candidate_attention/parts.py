@@ -9,6 +9,19 @@ from onetrans.kernels.jit import LOG2E, dot, narrow, softmax_step
 
 
 @triton.jit
+def ends(user, length0, length1, length2, capacity0, capacity1, capacity2, SEGMENTS: tl.constexpr):
+    """Where the first two segments end in the sequence of all, and how long that is; never beyond a segment's slab."""
+    end0 = tl.minimum(tl.load(length0 + user).to(tl.int32), capacity0)
+    end1 = end0
+    if SEGMENTS > 1:
+        end1 = end0 + tl.minimum(tl.load(length1 + user).to(tl.int32), capacity1)
+    count = end1
+    if SEGMENTS > 2:
+        count = end1 + tl.minimum(tl.load(length2 + user).to(tl.int32), capacity2)
+    return end0, end1, count
+
+
+@triton.jit
 def sequence(at, base0, base1, base2, end0, end1, TOKEN: tl.constexpr, SEGMENTS: tl.constexpr):
     """Addresses of tokens `at` of the segments' sequence."""
     address = base0 + at * TOKEN
@@ -97,8 +110,8 @@ def over_own(
 def factors(m, m_next):
     """The new maximum of a fold, and what each side is multiplied by."""
     top = tl.maximum(m, m_next)
-    shift = tl.where(top == float("-inf"), 0.0, top) * -LOG2E
-    return top, tl.exp2(tl.fma(m, LOG2E, shift)), tl.exp2(tl.fma(m_next, LOG2E, shift))
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    return top, tl.exp2((m - safe) * LOG2E), tl.exp2((m_next - safe) * LOG2E)
 
 
 @triton.jit

@@ -9,12 +9,23 @@ import triton
 import triton.language as tl
 
 from onetrans.kernels.history_attention.configs import default
-from onetrans.kernels.jit import dot, head_parts, interpreted, launcher, name_of, narrow, softmax_step, token_stride
+from onetrans.kernels.jit import (
+    capacity,
+    dot,
+    head_parts,
+    interpreted,
+    launcher,
+    name_of,
+    narrow,
+    softmax_step,
+    token_stride,
+)
 from onetrans.kernels.launch import LaunchConfig, choose
 from onetrans.kernels.launch.device import device_of
 from onetrans.kernels.launch.table import problem
 
 INTEGERS = ("Nq", "new_capacity", "past_capacity")
+LENGTHS = ("q_start", "length", "past_length", "slots")  # rows of wider tensors: aligned or not, the variant is one
 
 
 @triton.jit
@@ -63,7 +74,7 @@ def _tile(
     return m, total, acc0, acc1
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=LENGTHS)
 def history_attention_kernel(
     q, k, v, past_k, past_v, q_start, length, past_length, slots, Nq, new_capacity, past_capacity, out,
     H: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, Q_TOKEN: tl.constexpr, TOKEN: tl.constexpr,
@@ -97,9 +108,11 @@ def history_attention_kernel(
     v_new = v + new_offset
     first = past + tl.load(q_start + user).to(tl.int32)
     count = past + tl.load(length + user).to(tl.int32)
+    if not HAS_PAST:
+        count = tl.minimum(count, new_capacity)  # never another user's state
     begin = tile * BLOCK_M
     rows = begin + tl.arange(0, BLOCK_M)
-    real = rows < count - first
+    real = rows < tl.minimum(count - first, Nq)
     last = first + rows
     q_rows = q + (user.to(tl.int64) * Nq + rows) * Q_TOKEN + head * E
     e0 = tl.arange(0, E0)
@@ -138,7 +151,7 @@ def history_attention_kernel(
 def signature(dtype: str) -> dict[str, str]:
     """Types of the run-time arguments, in order."""
     pointers = dict.fromkeys(("q", "k", "v", "past_k", "past_v"), f"*{dtype}")
-    lengths = dict.fromkeys(("q_start", "length", "past_length", "slots"), "*i64")
+    lengths = dict.fromkeys(LENGTHS, "*i64")
     return {**pointers, **lengths, **dict.fromkeys(INTEGERS, "i32"), "out": f"*{dtype}"}
 
 
@@ -215,8 +228,8 @@ def launch(
         length if past_length is None else past_length.contiguous(),
         q_start if slots is None else slots.contiguous(),
         Nq,
-        k.stride(0) // strides["k"],
-        0 if past_k is None else past_k.stride(0) // strides["past_k"],
+        capacity(k, strides["k"]),
+        0 if past_k is None else capacity(past_k, strides["past_k"]),
         out,
         **arguments,
         num_warps=config.warps,

@@ -11,7 +11,7 @@ from onetrans.kernels.jit import launcher
 BLOCK_M = 16
 
 
-@triton.jit(do_not_specialize=("N", "rows"))
+@triton.jit(do_not_specialize=("N", "rows"), do_not_specialize_on_alignment=("start",))
 def queried_rows_kernel(x, start, N, rows, out, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
     """Row i of user u is row min(start[u] + i, N - 1) of x [U, N, D]; all are contiguous."""
     user = tl.program_id(1).to(tl.int64)

@@ -42,7 +42,7 @@ def load_constant(at, mask, WHOLE: tl.constexpr):
     return tl.load(at, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=("slots", "first", "length"))
 def mixed_linear_kernel(
     x, w, gain, bias, residual, slots, first, length, rows, x_position, tokens, window, out, v_state,
     D: tl.constexpr, F: tl.constexpr, X_ROW: tl.constexpr, GAIN_POSITION: tl.constexpr, EPS: tl.constexpr,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -75,7 +76,7 @@ def _call(place: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
         node = place.graph.call_function(target, args)
     values = fx.map_arg(args, lambda n: n.meta["val"])
     fakes = [value for value in pytree.tree_leaves(values) if isinstance(value, FakeTensor)]
-    with fakes[0].fake_mode:
+    with enable_python_dispatcher(), fakes[0].fake_mode:
         node.meta["val"] = target(*values)
     return node
 
