@@ -11,15 +11,15 @@ def tiles(E: int, device: Device, rows: int = 64) -> LaunchConfig:
     """Tiles of 64 queries by 64 keys on Hopper, whose matrix instructions take 64 rows; by 32 keys elsewhere.
 
     Accumulators of 64 by E, scores and addresses must fit a thread's 255 registers: Ampere holds all of them there, and
-    Blackwell's pass through them on their way to tensor memory, so both take fewer keys. 8 warps share them where the
-    assembler was seen to spill with 4.
+    Blackwell's pass through them on their way to tensor memory, so both take fewer keys. Whether 4 or 8 warps share
+    them is what the assembler was seen to do without spilling.
     """
     if device.capability < 90 and E <= 32:
         return LaunchConfig(block_m=rows, block_n=64, warps=rows // 16, stages=2)
     if device.capability < 90:
         return LaunchConfig(block_m=rows, block_n=32, warps=8 if E > 64 else rows // 16, stages=3)
     if device.capability >= 100:
-        return LaunchConfig(block_m=rows, block_n=32, warps=8, stages=3)
+        return LaunchConfig(block_m=rows, block_n=32, warps=8 if E <= 64 else rows // 16, stages=3)
     return LaunchConfig(block_m=rows, block_n=64, warps=8 if E > 96 else rows // 16, stages=3 if E <= 96 else 2)
 
 
