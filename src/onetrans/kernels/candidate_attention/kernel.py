@@ -22,6 +22,7 @@ from onetrans.kernels.launch.device import device_of, multiprocessors
 from onetrans.kernels.launch.table import problem
 
 SEGMENTS = 3
+MOST_POSITIONS = 128  # a tile holds at least one candidate
 INTEGERS = ("C", "rows", "capacity0", "capacity1", "capacity2")
 FOLD_INTEGERS = (*INTEGERS, "splits")
 LENGTHS = ("length0", "length1", "length2", "slots", "starts")  # rows of wider tensors: aligned or not, one variant
@@ -263,6 +264,30 @@ def _row_stride(x: torch.Tensor) -> int:
     return row
 
 
+def _strides(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> tuple[int, int]:
+    """Elements between rows of q, k and v, and between tokens of the segments.
+
+    Raises:
+        ValueError: Sizes or strides that the kernel cannot take.
+    """
+    if not 1 <= len(keys) <= SEGMENTS:
+        raise ValueError(f"{len(keys)} segments were given; the kernel takes 1 to {SEGMENTS}")
+    if q.shape[0] > MOST_POSITIONS:
+        raise ValueError(f"{q.shape[0]} positions were given; the kernel takes at most {MOST_POSITIONS}")
+    row = _row_stride(q)
+    for name, rows in (("k", k), ("v", v)):
+        if rows.shape != q.shape or _row_stride(rows) != row:
+            raise ValueError(f"{name} {tuple(rows.shape)} with strides {rows.stride()} must lie as q does")
+    E = keys[0].shape[3]
+    token = token_stride("segment 0", keys[0], E)
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        if key.stride() != value.stride() or token_stride(f"segment {i}", key, E) != token:
+            raise ValueError(f"the keys and values of segment {i} must lie alike, with the tokens' stride of segment 0")
+    return row, token
+
+
 FOLD_CONSTANTS = ("H", "P", "E0", "E1", "SEGMENTS", "RAGGED", "GROUP", "SPLIT", "BLOCK_M", "WIDE")
 
 
@@ -298,24 +323,13 @@ def launch(
     Raises:
         ValueError: Sizes or strides that the kernel cannot take.
     """
+    if starts is not None and candidates is None:
+        raise ValueError("starts was given without candidates, the most that one user has")
+    row, token = _strides(q, k, v, keys, values)
     P, B, _ = q.shape
     H, E = keys[0].shape[2:]
     U = lengths[0].shape[0]
     segments = len(keys)
-    if not 1 <= segments <= SEGMENTS:
-        raise ValueError(f"{segments} segments were given; the kernel takes 1 to {SEGMENTS}")
-    row = _row_stride(q)
-    for name, rows in (("k", k), ("v", v)):
-        if rows.shape != q.shape or _row_stride(rows) != row:
-            raise ValueError(f"{name} {tuple(rows.shape)} with strides {rows.stride()} must lie as q does")
-    token = token_stride("segment 0", keys[0], E)
-    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-        if key.stride() != value.stride() or token_stride(f"segment {i}", key, E) != token:
-            raise ValueError(f"the keys and values of segment {i} must lie alike, with the tokens' stride of segment 0")
-    if starts is not None and candidates is None:
-        raise ValueError("starts was given without candidates, the most that one user has")
-    if P > 128:
-        raise ValueError(f"{P} positions were given; the kernel takes at most 128")
     if B == 0:
         return
     C = B // U if candidates is None else candidates
@@ -347,7 +361,7 @@ def launch(
     capacities += [0] * fill
     lengths = [length.contiguous() for length in lengths]
     at = [*lengths, *[lengths[0]] * fill]
-    ends = lengths[0] if starts is None else starts.contiguous()
+    bounds = lengths[0] if starts is None else starts.contiguous()
     launcher(candidate_attention_kernel)[(tiles, H * splits if apart else H, U)](
         q,
         k,
@@ -358,7 +372,7 @@ def launch(
         *[v] * fill,
         *at,
         lengths[0] if slots is None else slots.contiguous(),
-        ends,
+        bounds,
         C,
         B,
         *capacities,
@@ -376,7 +390,7 @@ def launch(
             part_m,
             part_total,
             *at,
-            ends,
+            bounds,
             C,
             B,
             *capacities,

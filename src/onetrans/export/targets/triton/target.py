@@ -131,12 +131,17 @@ def _layers_apart(program: Program) -> Program:
     """Turns lengths [U, layers] once, so that a layer's are contiguous, as kernels read them, without a copy each."""
     turned: dict[fx.Node, fx.Node] = {}
     for node in list(program.module.graph.nodes):
-        if node.target is aten.select.int and node.args[1] == 1 and node.meta["val"].dtype == torch.int64:
+        if node.target is aten.select.int and node.args[1] == 1 and _is_per_layer(node.args[0]):
             source = node.args[0]
             if source not in turned:
                 turned[source] = _call(node, aten.contiguous.default, _call(node, aten.t.default, source))
             node.replace_all_uses_with(_call(node, aten.select.int, turned[source], 0, node.args[2]))
     return program
+
+
+def _is_per_layer(node: Any) -> bool:
+    value: torch.Tensor = node.meta["val"]
+    return value.dtype == torch.int64 and value.dim() == 2
 
 
 def _state_in_slabs(program: Program) -> Program:
