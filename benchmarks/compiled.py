@@ -31,6 +31,7 @@ from onetrans.export.split import extract, split
 from onetrans.export.targets.triton.target import lower
 from onetrans.kernels.ahead.compile import ARCHITECTURES, Compiled, Variant, compile_variant
 from onetrans.kernels.ahead.record import variants_for
+from onetrans.kernels.jit import interpreted
 from onetrans.kernels.launch.config import Device
 from onetrans.kernels.launch.table import problem, tuned_devices
 from onetrans.kernels.mixed_ffn import configs as ffn_configs
@@ -147,6 +148,8 @@ def main(
     as_json: bool,
 ) -> None:
     """Compiles every kernel in every configuration that serving uses, and checks what came out."""
+    if interpreted():
+        raise click.UsageError("TRITON_INTERPRET is set, so that kernels are interpreted; unset it to compile them")
     unknown = set(names) - set(models())
     if unknown:
         raise click.UsageError(f"unknown model {', '.join(sorted(unknown))}; allowed: {', '.join(models())}")

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST = 20  # variants of one model on one device: the number does not depend on the requests
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     hidden = ("TRITON_INTERPRET", "PYTHONSAFEPATH")  # kernels are to be compiled, and benchmarks found in the checkout
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden} | variables
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=900, check=False, cwd=ROOT, env=environment
     )
@@ -87,3 +87,9 @@ def test_an_unknown_model_is_refused() -> None:
     done = run("-m", "benchmarks.compiled", "--model", "onetrans-xl")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("Error: unknown model onetrans-xl; allowed: tiny, onetrans-s")
+
+
+def test_interpreted_kernels_cannot_be_compiled() -> None:
+    done = run("-m", "benchmarks.compiled", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("Error: TRITON_INTERPRET is set")

@@ -62,10 +62,28 @@ def suite(*arguments, timeout=120):
 @pytest.mark.parametrize("arguments", [(), ("--tune",), ("--only", "ceilings")])
 def test_without_a_gpu_one_line_says_what_is_missing(arguments):
     done = suite(*arguments)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: the GPU suite needs a CUDA device, and torch ")
     assert line.endswith("or try the suite's code with --rehearse")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rehearse", "--only", "nonsense"), "error: no measure is called nonsense; --list names them"),
+        (
+            ("--rehearse", "--look"),
+            "error: --look needs --output FILE: what is timed although tests failed is not kept",
+        ),
+        (("--budget", "-1"), "Error: Invalid value for '--budget': -1.0 is not in the range x>=1."),
+    ],
+    ids=["only", "look", "budget"],
+)
+def test_a_wrong_argument_is_refused_in_one_line(arguments, message):
+    done = suite(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == message
 
 
 def test_a_rehearsal_runs_the_suites_code_and_keeps_nothing():

@@ -14,7 +14,13 @@ from onetrans.errors import OneTransError
 
 
 @click.command()
-@click.option("--budget", default=450.0, show_default=True, help="Seconds after which no measure starts.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=1),
+    default=450.0,
+    show_default=True,
+    help="Seconds after which no measure starts.",
+)
 @click.option("--only", multiple=True, metavar="NAME", help="Only these measures: a name, its beginning, or a pattern.")
 @click.option("--list", "listed", is_flag=True, help="Name the measures and what each should take.")
 @click.option("--fresh", is_flag=True, help="Measure again what the record holds already.")
@@ -42,7 +48,7 @@ def main(cache: Path | None, listed: bool, tune: bool, as_json: bool, **given: A
             raise SystemExit(_run(cache.resolve() if cache else Path(folder), tune, as_json, given))
     except OneTransError as error:
         click.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from None
+        raise SystemExit(error.exit_status) from None
 
 
 def _run(cache: Path, tune: bool, as_json: bool, given: dict[str, Any]) -> int:

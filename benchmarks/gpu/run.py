@@ -25,7 +25,7 @@ from benchmarks.gpu.timing import METHOD, CudaTimer, HostTimer, clear, set_aside
 from benchmarks.measure import Row
 from benchmarks.suite import format_row, format_value, new_suite, read_suite
 from onetrans.bench.record import Record, command, write_json
-from onetrans.errors import JobError
+from onetrans.errors import ConfigError, JobError
 
 GRACE = 20.0  # seconds beyond the budget after which a measure in a process of its own is ended
 RECOMPILES = 64
@@ -128,7 +128,7 @@ class Runner:
         """Runs what is to be run; gives the exit status."""
         wanted = chosen(self.options.only, self.known)
         if not wanted:
-            raise JobError(f"no measure is called {', '.join(self.options.only)}; --list names them")
+            raise ConfigError(f"no measure is called {', '.join(self.options.only)}; --list names them")
         if self.options.alone is not None:
             return self.run_alone(wanted[0], self.options.alone)
         if not self.options.rehearse:
@@ -300,5 +300,5 @@ def run(options: Options) -> int:
         OneTransError: Something is missing, tests failed, or the device was lost.
     """
     if options.look and options.output == Options().output:
-        raise JobError("--look needs --output FILE: what is timed although tests failed is not kept")
+        raise ConfigError("--look needs --output FILE: what is timed although tests failed is not kept")
     return Runner(options).run()
