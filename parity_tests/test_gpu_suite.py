@@ -35,7 +35,7 @@ from benchmarks.gpu.table import gpu_markdown
 from benchmarks.gpu.timing import HostTimer
 from benchmarks.measure import Row
 from benchmarks.suite import new_suite, read_suite
-from onetrans.errors import DataError, JobError, ParityError
+from onetrans.errors import ConfigError, DataError, JobError, ParityError
 from onetrans.kernels.launch import Device, LaunchConfig, choose
 from onetrans.kernels.launch import table as launch_table
 
@@ -324,7 +324,7 @@ def test_a_measure_in_a_process_of_its_own_is_kept_or_named_as_ended(stage, monk
 
 
 def test_look_needs_a_record_of_its_own():
-    with pytest.raises(JobError, match="--look needs --output FILE"):
+    with pytest.raises(ConfigError, match="--look needs --output FILE"):
         runner.run(runner.Options(look=True))
 
 
