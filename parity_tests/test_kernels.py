@@ -114,15 +114,24 @@ def test_mixed_linear_has_weights_of_its_own_per_position(per_position):
             torch.testing.assert_close(out[p, b], expected, rtol=1e-12, atol=1e-12)
 
 
+SCALARS = [
+    ("gelu", lambda t: t * 0.5 * (1 + math.erf(t / math.sqrt(2)))),
+    ("silu", lambda t: t / (1 + math.exp(-t))),
+    ("relu", lambda t: max(t, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("activation", "scalar"), SCALARS)
+def test_mixed_linear_adds_its_residual_after_the_activation(activation, scalar):
+    x, w, gain, bias, residual = randn(3, 4, 5), randn(3, 5, 6), randn(5), randn(3, 6), randn(3, 4, 6)
+    bare = mixed_linear_reference(x, w, gain, 1e-3, bias)
+    expected = residual + torch.tensor([scalar(float(t)) for t in bare.flatten()], dtype=DOUBLE).view_as(bare)
+    out = mixed_linear_reference(x, w, gain, 1e-3, bias, residual, activation)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize(
-    ("activation", "scalar"),
-    [
-        ("gelu", lambda t: t * 0.5 * (1 + math.erf(t / math.sqrt(2)))),
-        ("silu", lambda t: t / (1 + math.exp(-t))),
-        ("relu", lambda t: max(t, 0.0)),
-    ],
-)
+@pytest.mark.parametrize(("activation", "scalar"), SCALARS)
 def test_mixed_ffn_is_two_products_an_activation_and_a_residual(gated, activation, scalar):
     P, B, D, F = 2, 3, 4, 6
     x, gain = randn(P, B, D), randn(D)
@@ -165,6 +174,11 @@ def operands(dtype=DOUBLE):
             mixed_linear_op,
             mixed_linear_reference,
             (leaf(2, 3, 4), leaf(2, 4, 5), leaf(4), 1e-6, leaf(2, 5), leaf(2, 3, 5)),
+        ),
+        "mixed_linear activated": (
+            mixed_linear_op,
+            mixed_linear_reference,
+            (leaf(2, 3, 4), leaf(2, 4, 5), leaf(4), 1e-6, leaf(2, 5), None, "silu"),
         ),
         "mixed_ffn": (
             mixed_ffn_op,

@@ -4,11 +4,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import numpy_helper
+from onnxscript.tensor import Tensor
 
 from onetrans.errors import ExportError
 from onetrans.export import export
 from onetrans.export.config import ExportConfig
+from onetrans.kernels import mixed_linear_reference
 from onetrans.model.checkpoint import random_model
 from onetrans.runtime.manifest import WEIGHTS_FILE
 from onetrans.runtime.tensors import read_tensors
@@ -162,10 +165,25 @@ def test_bounds_of_decode_are_dynamic(bundle, U, C, W):
 
 
 def test_an_activation_without_a_lowering_is_named():
-    from onetrans.export.targets.onnx.mixed_ffn import activate
+    from onetrans.export.targets.onnx.common import activate
 
     with pytest.raises(ValueError, match="no lowering for activation 'tanh'"):
         activate(None, "tanh")
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "silu", "relu"])
+def test_the_lowering_of_mixed_linear_is_its_reference(activation):
+    from onetrans.export.targets.onnx.mixed_linear import mixed_linear
+
+    torch.manual_seed(0)
+    x, w, gain, bias, residual = (torch.randn(*size) for size in ((2, 3, 4), (2, 4, 5), (4,), (2, 5), (2, 3, 5)))
+    found = mixed_linear(*map(constant, (x, w, gain)), 1e-6, constant(bias), constant(residual), activation)
+    expected = mixed_linear_reference(x, w, gain, 1e-6, bias, residual, activation)
+    torch.testing.assert_close(torch.from_numpy(found.value), expected)
+
+
+def constant(tensor):
+    return Tensor(tensor.numpy())
 
 
 def test_two_exports_of_the_same_weights_have_the_same_graphs(tmp_path):

@@ -126,6 +126,14 @@ def test_each_part_of_mixed_linear_may_be_absent(gain, bias, residual):
     assert torch.equal(found, torch.ops.onetrans_triton.mixed_linear(*arguments))
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+def test_mixed_linear_with_each_activation(activation, residual):
+    arguments = [*linear_arguments(3, 20, 33, 48, torch.float16, residual=residual), activation]
+    found = torch.ops.onetrans_triton.mixed_linear(*arguments)
+    assert_as_good_as(found, mixed_linear_reference(*arguments), mixed_linear_reference(*double(arguments)))
+
+
 @pytest.mark.parametrize("activation", [None, "silu"], ids=str)
 def test_a_gated_mixed_linear_adds_its_residual_last(activation):
     x, w, gain, _, bias, _ = linear_arguments(3, 20, 33, 2 * 49, torch.float16)

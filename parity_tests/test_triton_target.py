@@ -142,6 +142,52 @@ def test_every_product_and_attention_is_a_kernel(lowered):
         assert not [output for output in program.outputs if output[0] in "kv" and output[1:].isdigit()]
 
 
+def outside_kernels(program):
+    """Names of what the program computes by itself, views left out."""
+    views = (
+        "view",
+        "reshape",
+        "select",
+        "slice",
+        "transpose",
+        "t.",
+        "chunk",
+        "split",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+    )
+    names = [str(node.target) for node in program.module.graph.nodes if node.op == "call_function"]
+    named = [name.removeprefix("aten.") for name in names if name.startswith("aten.") and "sym_size" not in name]
+    return sorted(name for name in named if not name.startswith(views))
+
+
+def test_what_a_graph_computes_outside_its_kernels_does_not_grow_with_its_layers():
+    def left(layers, keep):
+        torch.manual_seed(0)
+        whole, append = capture_model(OneTrans(small_config(layers=layers, explicit_keep=keep)).eval(), ExportConfig())
+        parts = split(whole)
+        programs = (parts.prefill, parts.decode, keep_rows(extract(append, parts.prefill.outputs))[0])
+        return [outside_kernels(lower(program)) for program in programs]
+
+    assert left(4, (64, 48, 24, 6)) == left(3, (64, 24, 6))
+
+
+def test_a_layers_activation_sum_and_layout_go_into_its_kernel(half):
+    """Heads and event MLP activate, events add their behaviour, and features are laid out by position in the kernel;
+    the activation after the partial product is left, whose other part is a user's."""
+    for name, gelus, adds in (("prefill", 0, 3), ("append", 0, 2), ("decode", 1, 1)):
+        found = outside_kernels(half.ours[name])
+        assert found.count("gelu.default") == gelus, name
+        assert sum(op.startswith("add.") for op in found) == adds, (name, found)
+    linears = [
+        n for n in half.ours["decode"].module.graph.nodes if str(n.target).startswith("onetrans_triton.mixed_lin")
+    ]
+    tokens = linears[1].meta["val"]
+    assert tokens.shape[0] == half.config.l_ns
+    assert tokens.shape[2] == half.config.d
+
+
 def test_scores_are_the_plain_programs(lowered):
     """Within the formula, gold being the same program in float64."""
     given = lowered.users(0, 1, 2)

@@ -75,10 +75,10 @@ def _all() -> Iterator[Measure]:
         for model in MODELS:
             compiled = functools.partial(passes.decode, modes=("reduce-overhead",))
             for C in CANDIDATES:
-                yield _of(f"decode_compiled/{C}", functools.partial(compiled, only=C), model, dtype, 50)
+                yield _of(f"decode_compiled/{C}", functools.partial(compiled, only=C), model, dtype, 70)
             for name, run in (("prefill", passes.prefill), ("append", passes.append)):
                 compiled = functools.partial(run, modes=("reduce-overhead",))
-                yield _of(f"{name}_compiled", compiled, model, dtype, 70)
+                yield _of(f"{name}_compiled", compiled, model, dtype, 100)
             yield _of("kernels_compiled", kernels.by_compiler, model, dtype, 90)
     yield _unsplit("onetrans-s", "float16", 240)
     yield _unsplit("onetrans-l", "float16", 300)

@@ -29,12 +29,14 @@ from benchmarks.gpu.programs import (
 from benchmarks.gpu.reckoning import Work, append_work, decode_work, prefill_work
 from benchmarks.gpu.timing import Blocks, Run, clear, typical
 from benchmarks.measure import Row, estimated
+from onetrans.export.program import Program
 
 PREFILL_TARGET = {("onetrans-s", "bfloat16"): 0.30, ("onetrans-s", "float16"): 0.30}  # ms
 DECODE_TARGET = {("onetrans-l", "bfloat16"): 1.6}  # times its floor
 REQUEST_TARGET = 3.0
 MODES = ("reduce-overhead", "max-autotune")
 UNSPLIT = "unsplit, torch.compile"
+FUSED = f"{OURS}, torch.compile around them"
 
 
 def prefill(context: Context, model: str, dtype: str, *, modes: tuple[str, ...] = ()) -> Outcome:
@@ -49,12 +51,13 @@ def prefill(context: Context, model: str, dtype: str, *, modes: tuple[str, ...] 
 
     own = {**given, **chain.slabs}
     contestants = [
-        _ours(
+        *_ours(
             context,
             built,
             "prefill",
             own,
             lambda values: judge_prefill(built, _with(chain, values)),
+            modes,
             poison=lambda: poison_slabs(chain.slabs, {}),
         ),
         *_others(context, built, "prefill", given, judge, modes),
@@ -78,12 +81,13 @@ def append(context: Context, model: str, dtype: str, *, modes: tuple[str, ...] =
     plain = run(built.plain["append"], given)
     lengths = {layer: int(n) for layer, n in enumerate(before.gold["lengths"][0])}
     contestants = [
-        _ours(
+        *_ours(
             context,
             built,
             "append",
             own,
             lambda values: judge_append(built, before, values),
+            modes,
             poison=lambda: poison_slabs(before.slabs, lengths),
         ),
         *_others(context, built, "append", given, lambda v: compare_programs(v, plain, gold, built.dtype), modes),
@@ -112,7 +116,7 @@ def decode(
         plain = run(built.plain["decode"], given)
         judge = functools.partial(compare_programs, plain=plain, gold=gold, dtype=built.dtype)
         contestants = [
-            _ours(context, built, "decode", own, judge),
+            *_ours(context, built, "decode", own, judge, modes),
             *_others(context, built, "decode", given, judge, modes),
         ]
         work = decode_work(sizes.config, sizes.prefill, C)
@@ -180,22 +184,40 @@ def _ours(
     kind: str,
     own: Values,
     judge: Callable[[Values], Parity],
+    modes: tuple[str, ...],
     poison: Callable[[], None] = lambda: None,
-) -> Contestant:
-    """A lowered program in a CUDA graph, judged by what its replay leaves behind in memory full of NaN."""
+) -> list[Contestant]:
+    """A lowered program; where others are compiled, once more with what lies between its kernels compiled."""
     program = built.kernels[kind]
+    found = [_replayed(context, OURS, program, call(program, own), judge, poison)]
+    if modes:
+        found.append(
+            _replayed(context, FUSED, program, call(program, own, context.compile(program.module)), judge, poison)
+        )
+    return found
+
+
+def _replayed(
+    context: Context,
+    name: str,
+    program: Program,
+    go: Callable[[], Any],
+    judge: Callable[[Values], Parity],
+    poison: Callable[[], None],
+) -> Contestant:
+    """A program in a CUDA graph, judged by what its replay leaves behind in memory full of NaN."""
     made: list[Run] = []
 
     def parity() -> Parity:
-        made.append(context.timer.graph([call(program, own)]))
+        with torch.no_grad():
+            made.append(context.timer.graph([go]))
         for value in made[0].kept[1][0]:
             value.fill_(float("nan") if value.is_floating_point() else -1)
         poison()
         made[0].go()
-        values = dict(zip(program.outputs, _after(made[0], call(program, own), context), strict=True))
-        return judge(values)
+        return judge(dict(zip(program.outputs, _after(made[0], go, context), strict=True)))
 
-    return Contestant(name=OURS, parity=parity, run=lambda: made[0])
+    return Contestant(name=name, parity=parity, run=lambda: made[0])
 
 
 def poison_slabs(slabs: Values, valid: Mapping[int, int]) -> None:

@@ -329,10 +329,11 @@ def mixed_linear_triton(
     eps: float = 1e-6,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """The kernel as an op that captures see into; see `launch`."""
     out = x.new_empty((x.shape[0], x.shape[1], w.shape[2]))
-    launch(out, x, w, gain, eps, bias, residual)
+    launch(out, x, w, gain, eps, bias, residual, activation=activation)
     return out
 
 

@@ -1,9 +1,10 @@
-"""mixed_linear: a projection whose weights depend on the token's position, with RMSNorm before and residual after."""
+"""mixed_linear: a projection with weights by the token's position, RMSNorm before, activation and residual after."""
 
 from __future__ import annotations
 
 import torch
 
+from onetrans.kernels.activations import ACTIVATIONS
 from onetrans.kernels.autograd import compute_dtype, differentiate_by_reference
 from onetrans.kernels.dispatch import HALF, autocast_to_bfloat16, through_op
 
@@ -24,8 +25,9 @@ def mixed_linear_reference(
     eps: float = 1e-6,
     bias_PF: torch.Tensor | None = None,
     residual_PBF: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    """residual + RMSNorm(x) @ w + bias, position by position.
+    """residual + act(RMSNorm(x) @ w + bias), position by position.
 
     Args:
         x_PBD: Tokens [P, B, D], all rows of a position together.
@@ -34,6 +36,7 @@ def mixed_linear_reference(
         eps: Added to the mean square.
         bias_PF: [P, F] or None.
         residual_PBF: [P, B, F] or None.
+        activation: A name in `ACTIVATIONS`, or None.
 
     Returns:
         [P, B, F] in x's dtype.
@@ -45,6 +48,8 @@ def mixed_linear_reference(
     y_PBF = torch.bmm(x_PBD, w_PDF)
     if bias_PF is not None:
         y_PBF = y_PBF + bias_PF.unsqueeze(1)
+    if activation is not None:
+        y_PBF = ACTIVATIONS[activation](y_PBF)
     return y_PBF if residual_PBF is None else residual_PBF + y_PBF
 
 
@@ -56,9 +61,10 @@ def mixed_linear_op(
     eps: float = 1e-6,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """The `torch.library` op; see `mixed_linear_reference`."""
-    return mixed_linear_reference(x, w, gain, eps, bias, residual)
+    return mixed_linear_reference(x, w, gain, eps, bias, residual, activation)
 
 
 @mixed_linear_op.register_kernel("cuda")
@@ -69,14 +75,15 @@ def _(
     eps: float = 1e-6,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """The Triton kernel in float16 and bfloat16; full precision, of gold and training, is the reference's."""
     if x.dtype not in HALF:
-        return mixed_linear_reference(x, w, gain, eps, bias, residual)
+        return mixed_linear_reference(x, w, gain, eps, bias, residual, activation)
     from onetrans.kernels.mixed_linear.kernel import mixed_linear_triton
 
     with torch.cuda.device(x.device):
-        out: torch.Tensor = mixed_linear_triton(x, w, gain, eps, bias, residual)
+        out: torch.Tensor = mixed_linear_triton(x, w, gain, eps, bias, residual, activation)
     return out
 
 
@@ -88,6 +95,7 @@ def _(
     eps: float = 1e-6,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], x.shape[1], w.shape[2]))
 
@@ -103,7 +111,8 @@ def mixed_linear(
     eps: float = 1e-6,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """See `mixed_linear_reference`; goes through the op where that is more than the reference (`through_op`)."""
     run = mixed_linear_op if through_op(x) else mixed_linear_reference
-    return run(x, w, gain, eps, bias, residual)
+    return run(x, w, gain, eps, bias, residual, activation)

@@ -70,3 +70,14 @@ def keys_transposed(key: Value, H: int, E: int) -> Value:
     """
     by_head = op.Reshape(heads_first(key), ints(0, H, -1, E))
     return op.Transpose(by_head, perm=[0, 1, 3, 2])
+
+
+def activate(x: Value, activation: str) -> Value:
+    """The named activation; gelu is the exact erf form."""
+    if activation == "gelu":
+        return op.Gelu(x)
+    if activation == "silu":
+        return op.Mul(x, op.Sigmoid(x))
+    if activation == "relu":
+        return op.Relu(x)
+    raise ValueError(f"the onnx target has no lowering for activation {activation!r}")

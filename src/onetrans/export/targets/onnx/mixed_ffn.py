@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from onnxscript import opset23 as op
 
-from onetrans.export.targets.onnx.common import Value, ints, pieces
+from onetrans.export.targets.onnx.common import Value, activate, ints, pieces
 from onetrans.export.targets.onnx.mixed_linear import project, rms_norm
-
-
-def activate(x: Value, activation: str) -> Value:
-    """The named activation; gelu is the exact erf form."""
-    if activation == "gelu":
-        return op.Gelu(x)
-    if activation == "silu":
-        return op.Mul(x, op.Sigmoid(x))
-    if activation == "relu":
-        return op.Relu(x)
-    raise ValueError(f"the onnx target has no lowering for activation {activation!r}")
 
 
 def mixed_ffn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnxscript import opset23 as op
 
-from onetrans.export.targets.onnx.common import Value, floats, ints
+from onetrans.export.targets.onnx.common import Value, activate, floats, ints
 
 
 def rms_norm(x: Value, gain: Value, eps: float, per_position: bool) -> Value:
@@ -28,11 +28,14 @@ def mixed_linear(
     eps: float = 1e-6,
     bias: Value | None = None,
     residual: Value | None = None,
+    activation: str | None = None,
 ) -> Value:
-    """residual + RMSNorm(x) @ w + bias; see `onetrans.kernels.mixed_linear`."""
+    """residual + act(RMSNorm(x) @ w + bias); see `onetrans.kernels.mixed_linear`."""
     if gain is not None:
         x = rms_norm(x, gain, eps, len(gain.shape) == 2)
     y = project(x, w)
     if bias is not None:
         y = op.Add(y, op.Unsqueeze(bias, ints(1)))
+    if activation is not None:
+        y = activate(y, activation)
     return y if residual is None else op.Add(residual, y)

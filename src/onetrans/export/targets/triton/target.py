@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 import onetrans.kernels.candidate_attention.kernel
 import onetrans.kernels.history_attention.kernel
@@ -23,6 +19,8 @@ from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.passes.keep_rows import selected_from
 from onetrans.export.program import Program
 from onetrans.export.subgraph import dtype_name
+from onetrans.export.targets.triton.linears import linears_as_kernels
+from onetrans.export.targets.triton.nodes import call, copied, only_user
 from onetrans.features.encode import TensorSpec
 
 aten = torch.ops.aten
@@ -31,7 +29,7 @@ HISTORY, CANDIDATES, LINEAR = (
     f"onetrans.{op}.default" for op in ("history_attention", "candidate_attention", "mixed_linear")
 )
 KERNELS = ("history_attention", "candidate_attention", "mixed_linear", "mixed_ffn", "keys_into_state")
-PROJECTION_DEFAULTS = (None, None, None, 1e-6, None, None)  # x, w, gain, eps, bias, residual of mixed_linear
+PROJECTION_DEFAULTS = (None, None, None, 1e-6, None, None, None)  # of mixed_linear: x, w, gain, eps, bias, then …
 WINDOW = re.compile(r"[kv]\d+")
 
 
@@ -40,8 +38,7 @@ def lower(program: Program) -> Program:
 
     Its keys and values live in slabs: inputs `slots` [U] int64, and k_state{l} and v_state{l} [slots, W, H, E] for
     each layer. Prefill and append write them in place and return the rest of the state; all read them in place.
-    Dense layers of tokenizers and heads become mixed_linear with one position, whose rows do not depend on their number
-    as a library's do.
+    Dense layers of tokenizers and heads become mixed_linear too; see `linears_as_kernels`.
 
     Args:
         program: Of `onetrans.export.split`, constants folded; in the dtype it is to run in.
@@ -49,7 +46,7 @@ def lower(program: Program) -> Program:
     Raises:
         ExportError: The program is not one that keeps its state in windows.
     """
-    program = _state_in_slabs(_layers_apart(_queried_rows(_linears(_copy(program)))))
+    program = _state_in_slabs(_layers_apart(_queried_rows(linears_as_kernels(copied(program)))))
     graph = program.module.graph
     for node in list(graph.nodes):
         stem = str(node.target).removeprefix("onetrans.").removesuffix(".default")
@@ -59,60 +56,6 @@ def lower(program: Program) -> Program:
                 if stem == "candidate_attention" and index < 3:
                     node.update_arg(index, _uncopied(argument))
     return remove_dead_code(program)[0]
-
-
-def _copy(program: Program) -> Program:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in program.module.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-        copies[node].meta = dict(node.meta)
-    return dataclasses.replace(program, module=fx.GraphModule(program.weights(), graph))
-
-
-def _call(place: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
-    """A call before `place`, with its fake value."""
-    with place.graph.inserting_before(place):
-        node = place.graph.call_function(target, args)
-    values = fx.map_arg(args, lambda n: n.meta["val"])
-    fakes = [value for value in pytree.tree_leaves(values) if isinstance(value, FakeTensor)]
-    with enable_python_dispatcher(), fakes[0].fake_mode:
-        node.meta["val"] = target(*values)
-    return node
-
-
-def _constant(place: fx.Node, program: Program, name: str, value: torch.Tensor) -> fx.Node:
-    program.module.register_buffer(name, value, persistent=False)
-    with place.graph.inserting_before(place):
-        node = place.graph.get_attr(name)
-    node.meta["val"] = place.meta["val"].fake_mode.from_tensor(value, static_shapes=True)
-    return node
-
-
-def _linears(program: Program) -> Program:
-    """linear(x, W, b) as mixed_linear over one position, W transposed once."""
-    weights = program.weights()
-    graph = program.module.graph
-    for node in list(graph.nodes):
-        if node.target is aten.linear.default and node.args[1].op == "get_attr":
-            x, weight, *rest = node.args
-            stem = str(weight.target).replace(".", "_")
-            w = _constant(node, program, f"{stem}_columns", weights[str(weight.target)].t().contiguous()[None])
-            bias = None
-            if rest and rest[0] is not None:
-                bias = _constant(node, program, f"{stem}_row", weights[str(rest[0].target)][None])
-            shape = x.meta["val"].shape
-            sizes = [_call_size(node, x, i) for i in range(len(shape) - 1)]
-            flat = _call(node, aten.reshape.default, x, [1, -1, shape[-1]])
-            made = _call(node, torch.ops.onetrans.mixed_linear.default, flat, w, None, 1e-6, bias, None)
-            node.replace_all_uses_with(_call(node, aten.view.default, made, [*sizes, w.meta["val"].shape[-1]]))
-            graph.erase_node(node)
-    return program
-
-
-def _call_size(place: fx.Node, x: fx.Node, axis: int) -> fx.Node | int:
-    size = x.meta["val"].shape[axis]
-    return size if isinstance(size, int) else _call(place, aten.sym_size.int, x, axis)
 
 
 def _queried_rows(program: Program) -> Program:
@@ -128,15 +71,31 @@ def _queried_rows(program: Program) -> Program:
 
 
 def _layers_apart(program: Program) -> Program:
-    """Turns lengths [U, layers] once, so that a layer's are contiguous, as kernels read them, without a copy each."""
-    turned: dict[fx.Node, fx.Node] = {}
+    """Reads a layer's part of lengths [U, layers] as kernels want it."""
     for node in list(program.module.graph.nodes):
         if node.target is aten.select.int and node.args[1] == 1 and _is_per_layer(node.args[0]):
-            source = node.args[0]
-            if source not in turned:
-                turned[source] = _call(node, aten.contiguous.default, _call(node, aten.t.default, source))
-            node.replace_all_uses_with(_call(node, aten.select.int, turned[source], 0, node.args[2]))
+            node.replace_all_uses_with(_of_layer(node, node.args[0], node.args[2]))
     return program
+
+
+def _of_layer(place: fx.Node, stack: fx.Node, layer: int) -> fx.Node:
+    """A layer's part [U] of a stack [U, layers]; the stack is turned once, so that the parts need no copy each."""
+    turned = next((user for user in stack.users if user.target is aten.t.default), None)
+    if turned is None:
+        after = stack.next
+        while after.op == "placeholder":
+            after = after.next
+        turned = call(after, aten.t.default, stack)
+        call(after, aten.contiguous.default, turned)
+    contiguous = only_user(turned)
+    assert contiguous is not None
+    return call(place, aten.select.int, contiguous, 0, layer)
+
+
+def _stack_of(part: fx.Node) -> fx.Node:
+    """The stack that `_of_layer` took a part of."""
+    stack: fx.Node = part.args[0].args[0].args[0]  # type: ignore[union-attr, assignment]
+    return stack
 
 
 def _is_per_layer(node: Any) -> bool:
@@ -159,10 +118,10 @@ def _state_in_slabs(program: Program) -> Program:
     added = {name: _placeholder(program, spec.name, value) for name, (value, spec) in inputs.items()}
     slots = added.pop(SLOTS)
     layer_of = {node: int(name.removeprefix("past_")[1:]) for name, node in {**read, **written}.items()}
-    totals: Callable[[fx.Node, int], fx.Node] | None = None
-    if written:
-        totals = _write(written, results["lengths"], added, slots, layer_of)
-    _read(program, added, slots, layer_of, totals)
+    lengths = results["lengths"] if written else None
+    if lengths is not None:
+        _write(written, lengths, added, slots, layer_of)
+    _read(program, added, slots, layer_of, lengths)
     kept = {name: node for name, node in results.items() if name not in written}
     (output,) = (node for node in program.module.graph.nodes if node.op == "output")
     output.args = (tuple(kept.values()),)
@@ -214,19 +173,11 @@ def _write(
     slabs: dict[str, fx.Node],
     slots: fx.Node,
     layer_of: dict[fx.Node, int],
-) -> Callable[[fx.Node, int], fx.Node]:
-    """Puts keys_into_state in the place of every projection to keys and values; returns what gives a layer's tokens."""
-    if lengths.target is not aten.add.Tensor:
+) -> None:
+    """Puts keys_into_state in the place of every projection to keys and values."""
+    stacks = [stack for stack in lengths.args if isinstance(stack, fx.Node)]
+    if lengths.target is not aten.add.Tensor or len(stacks) != 2:
         raise ExportError(f"lengths is made by {lengths.target}; it must be the past's and the new tokens' sum")
-    turned = {
-        stack: _call(lengths.next, aten.contiguous.default, _call(lengths.next, aten.t.default, stack))
-        for stack in (*lengths.args, lengths)
-    }
-    past, new = lengths.args
-
-    def of_layer(place: fx.Node, stack: fx.node.Argument, layer: int) -> fx.Node:
-        return _call(place, aten.select.int, turned[stack], 0, layer)
-
     for name, window in written.items():
         if name.startswith("k"):
             layer, projection = layer_of[window], window
@@ -236,12 +187,11 @@ def _write(
                     raise ExportError(f"{name} is not a mixed_linear's result cut in two, as the kernel writes it")
                 projection = source
             arguments: list[Any] = [*projection.args, *PROJECTION_DEFAULTS[len(projection.args) :]]
-            if arguments.pop() is not None:
-                raise ExportError(f"{name} is a projection with a residual; the kernel writes none into the state")
+            if any(argument is not None for argument in (arguments.pop(), arguments.pop())):
+                raise ExportError(f"{name} is a projection with an activation or a residual; the kernel writes neither")
             state: list[Any] = [slabs[name], slabs[f"v{name[1:]}"], slots]
-            state += [of_layer(projection, stack, layer) for stack in (past, new)]
-            _call(projection, torch.ops.onetrans.keys_into_state.default, *arguments, *state)
-    return lambda place, layer: of_layer(place, lengths, layer)
+            state += [_of_layer(projection, stack, layer) for stack in stacks]
+            call(projection, torch.ops.onetrans.keys_into_state.default, *arguments, *state)
 
 
 def _read(
@@ -249,31 +199,52 @@ def _read(
     slabs: dict[str, fx.Node],
     slots: fx.Node,
     layer_of: dict[fx.Node, int],
-    totals: Callable[[fx.Node, int], fx.Node] | None,
+    lengths: fx.Node | None,
 ) -> None:
-    """Lets the attentions read the slabs, which hold past and new tokens as one sequence."""
+    """Lets the attentions read the slabs, which hold past and new tokens as one sequence.
+
+    Args:
+        program: Changed in place.
+        slabs: By name, as k0.
+        slots: [U].
+        layer_of: Of every window that is an input or a result.
+        lengths: [U, layers], the sum of past and new tokens where the program writes windows.
+    """
     for node in program.module.graph.nodes:
         if str(node.target) == HISTORY:
-            assert totals is not None
+            assert lengths is not None
             q, k, _, q_start, length = node.args[:5]
             layer = layer_of[k]
-            total = totals(node, layer)
-            first = _call(node, aten.add.Tensor, _call(node, aten.sub.Tensor, total, length), q_start)
+            first = _first_query(node, lengths, q_start, length, layer)
+            total = _of_layer(node, lengths, layer)
             node.args = (q, slabs[f"k{layer}"], slabs[f"v{layer}"], first, total, None, None, None, slots)
         elif str(node.target) == CANDIDATES:
-            q, k, v, keys, values, lengths = node.args[:6]
+            q, k, v, keys, values, read = node.args[:6]
             others = [i for i, key in enumerate(keys) if key not in layer_of]
             (layer,) = {layer_of[key] for key in keys if key in layer_of}
-            total = lengths[-1] if totals is None else totals(node, layer)
+            total = read[-1] if lengths is None else _of_layer(node, lengths, layer)
             node.args = (
                 q,
                 k,
                 v,
                 [*(keys[i] for i in others), slabs[f"k{layer}"]],
                 [*(values[i] for i in others), slabs[f"v{layer}"]],
-                [*(lengths[i] for i in others), total],
+                [*(read[i] for i in others), total],
                 slots,
             )
+
+
+def _first_query(place: fx.Node, lengths: fx.Node, q_start: fx.Node, length: fx.Node, layer: int) -> fx.Node:
+    """Where a layer's queries begin in its slab: past tokens, then `q_start` new ones; one sum for all layers."""
+    past, new = lengths.args
+    assert isinstance(past, fx.Node)
+    if _stack_of(length) is not new:
+        raise ExportError(f"layer {layer} attends to {length.name} new tokens, which are not those of lengths")
+    if q_start.target is aten.zeros_like.default:
+        return _of_layer(place, past, layer)
+    starts = _stack_of(q_start)
+    firsts = next((user for user in past.users if user.args == (past, starts)), None)
+    return _of_layer(place, firsts or call(place, aten.add.Tensor, past, starts), layer)
 
 
 def _uncopied(x: fx.Node) -> fx.Node:
