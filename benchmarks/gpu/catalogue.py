@@ -35,7 +35,10 @@ class Measure:
 
 def measures() -> dict[str, Measure]:
     """All, in order."""
-    return {measure.name: measure for measure in _all()}
+    found: dict[str, Measure] = {}
+    for measure in _all():
+        found.setdefault(measure.name, measure)
+    return found
 
 
 def _all() -> Iterator[Measure]:
@@ -50,6 +53,8 @@ def _all() -> Iterator[Measure]:
     yield _of("candidate_flex", kernels.candidate_flex, "onetrans-l", "bfloat16", 40)
     yield _of("candidate_flex", kernels.candidate_flex, "onetrans-s", "bfloat16", 40)
     yield _of("request", passes.request, "onetrans-s", "bfloat16", 15)
+    yield _compiled("decode", passes.decode, "onetrans-l", "bfloat16", 70, only=100)
+    yield _compiled("prefill", passes.prefill, "onetrans-s", "bfloat16", 100)
     yield _unsplit("onetrans-s", "bfloat16", 240)
     done = {("prefill", "onetrans-s"), ("decode", "onetrans-l"), ("request", "onetrans-s")}
     programs = {"prefill": passes.prefill, "append": passes.append, "decode": passes.decode, "request": passes.request}
@@ -73,12 +78,10 @@ def _all() -> Iterator[Measure]:
                 yield _of("candidate_flex", kernels.candidate_flex, model, dtype, 40)
     for dtype in DTYPES:
         for model in MODELS:
-            compiled = functools.partial(passes.decode, modes=("reduce-overhead",))
             for C in CANDIDATES:
-                yield _of(f"decode_compiled/{C}", functools.partial(compiled, only=C), model, dtype, 70)
+                yield _compiled("decode", passes.decode, model, dtype, 70, only=C)
             for name, run in (("prefill", passes.prefill), ("append", passes.append)):
-                compiled = functools.partial(run, modes=("reduce-overhead",))
-                yield _of(f"{name}_compiled", compiled, model, dtype, 100)
+                yield _compiled(name, run, model, dtype, 100)
             yield _of("kernels_compiled", kernels.by_compiler, model, dtype, 90)
     yield _unsplit("onetrans-s", "float16", 240)
     yield _unsplit("onetrans-l", "float16", 300)
@@ -88,6 +91,16 @@ def _of(name: str, run: Callable[..., Outcome], model: str, dtype: str, seconds:
     return Measure(
         name=f"{name}/{model}/{dtype}", seconds=seconds, run=functools.partial(run, model=model, dtype=dtype)
     )
+
+
+def _compiled(
+    name: str, run: Callable[..., Outcome], model: str, dtype: str, seconds: float, *, only: int | None = None
+) -> Measure:
+    if only is not None:
+        name, run = f"{name}_compiled/{only}", functools.partial(run, only=only)
+    else:
+        name = f"{name}_compiled"
+    return _of(name, functools.partial(run, modes=("reduce-overhead",)), model, dtype, seconds)
 
 
 def _unsplit(model: str, dtype: str, seconds: float) -> Measure:

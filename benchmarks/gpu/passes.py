@@ -38,6 +38,7 @@ REQUEST_TARGET = 3.0
 MODES = ("reduce-overhead", "max-autotune")
 UNSPLIT = "unsplit, torch.compile"
 FUSED = f"{OURS}, torch.compile around them"
+FUSED_LAUNCHES = 6  # predicted of what a compiler makes of all that lies between our kernels
 
 
 def prefill(context: Context, model: str, dtype: str, *, modes: tuple[str, ...] = ()) -> Outcome:
@@ -67,7 +68,7 @@ def prefill(context: Context, model: str, dtype: str, *, modes: tuple[str, ...] 
     name = f"prefill of {events} events, {model}, {dtype}"
     blocks = compete(context, outcome, name, contestants, work, dtype, launches=built.launches["prefill"])
     target = None if context.rehearse else PREFILL_TARGET.get((model, dtype))
-    _report(context, outcome, name, blocks, work, dtype, built.launches["prefill"], target=target)
+    _report(context, outcome, name, blocks, work, dtype, _launched(built, "prefill"), target=target)
     _where(context, outcome, name, built, "prefill", own)
     return outcome
 
@@ -96,7 +97,7 @@ def append(context: Context, model: str, dtype: str, *, modes: tuple[str, ...] =
     work = append_work(sizes.config, sizes.before, sizes.new)
     name = f"append of {sizes.new} events to {sizes.before}, {model}, {dtype}"
     blocks = compete(context, outcome, name, contestants, work, dtype, launches=built.launches["append"])
-    _report(context, outcome, name, blocks, work, dtype, built.launches["append"])
+    _report(context, outcome, name, blocks, work, dtype, _launched(built, "append"))
     _where(context, outcome, name, built, "append", own)
     return outcome
 
@@ -123,9 +124,9 @@ def decode(
         work = decode_work(sizes.config, sizes.prefill, C)
         name = f"decode of {C} candidates, {model}, {dtype}"
         blocks = compete(context, outcome, name, contestants, work, dtype, launches=built.launches["decode"])
-        _report(context, outcome, name, blocks, work, dtype, built.launches["decode"])
+        _report(context, outcome, name, blocks, work, dtype, _launched(built, "decode"))
         if OURS in blocks and sizes.request == C:
-            outcome.rows.append(_over_floor(context, name, blocks, work, built))
+            outcome.rows += _over_floor(context, name, blocks, work, built)
             profiled = [(name, own)]
         del given, own, gold, plain, judge, contestants, blocks
         clear()
@@ -165,7 +166,7 @@ def request(context: Context, model: str, dtype: str, *, mode: str | None = None
     launched = built.launches["prefill"] + built.launches["decode"]
     what = f"request of {sizes.prefill} events and {C} candidates, {model}, {dtype}"
     blocks = compete(context, outcome, what, contestants, work, dtype, launches=launched)
-    _report(context, outcome, what, blocks, work, dtype, launched)
+    _report(context, outcome, what, blocks, work, dtype, {OURS: launched})
     if mode is not None:
         row = faster_row(what, blocks, [name], target=REQUEST_TARGET if mode == "max-autotune" else None)
         outcome.rows += [row] if row is not None else []
@@ -281,6 +282,15 @@ def _with(chain: Chain, values: Values) -> Chain:
     return Chain(plain=chain.plain, gold=chain.gold, ours=values, slabs=chain.slabs)
 
 
+def _launched(built: Built, kind: str) -> dict[str, int]:
+    """Kernels that each of our ways launches, the second's as predicted."""
+    return {OURS: built.launches[kind], FUSED: built.kernel_launches[kind] + FUSED_LAUNCHES}
+
+
+def _titled(name: str, way: str) -> str:
+    return name + way.removeprefix(OURS)
+
+
 def _report(
     context: Context,
     outcome: Outcome,
@@ -288,37 +298,40 @@ def _report(
     blocks: Blocks,
     work: Work,
     dtype: str,
-    launched: int,
+    launched: Mapping[str, int],
     target: float | None = None,
 ) -> None:
-    """A row of our time, with where it goes."""
-    if OURS not in blocks:
-        return
-    limits, time = context.limits, typical(blocks[OURS])
-    outcome.rows.append(seconds_row(name, time, prediction=limits.predict(work, dtype, launched), target=target))
+    """A row of each of our times, with where it goes."""
+    limits = context.limits
     arithmetic, moving = work.flops / limits.matmul[dtype], work.bytes / limits.copy
-    launching = launched * limits.launch
-    outcome.notes.append(
-        f"{name}: {1e6 * time.value:.0f} µs; arithmetic at the product's rate would take {1e6 * arithmetic:.0f} µs,"
-        f" bytes at the copy's {1e6 * moving:.0f} µs, about {launched} launches {1e6 * launching:.0f} µs"
-    )
+    for way, count in launched.items():
+        if way in blocks:
+            time, title = typical(blocks[way]), _titled(name, way)
+            outcome.rows.append(seconds_row(title, time, prediction=limits.predict(work, dtype, count), target=target))
+            outcome.notes.append(
+                f"{title}: {1e6 * time.value:.0f} µs; arithmetic at the product's rate would take"
+                f" {1e6 * arithmetic:.0f} µs, bytes at the copy's {1e6 * moving:.0f} µs, about {count} launches"
+                f" {1e6 * count * limits.launch:.0f} µs"
+            )
 
 
-def _over_floor(context: Context, name: str, blocks: Blocks, work: Work, built: Built) -> Row:
-    """Our time over the larger of weight bytes and operations at the measured rates."""
+def _over_floor(context: Context, name: str, blocks: Blocks, work: Work, built: Built) -> list[Row]:
+    """Our times over the larger of weight bytes and operations at the measured rates."""
     model, dtype = built.sizes.config.name, str(built.dtype).removeprefix("torch.")
     floor = context.limits.weight_floor(work, dtype)
-    target = None if context.rehearse else DECODE_TARGET.get((model, dtype))
-    predicted = context.limits.predict(work, dtype, built.launches["decode"]) / floor
-    return estimated(
-        typical(blocks[OURS]),
-        scale=1 / floor,
-        what=f"{name}, over its floor of {1e3 * floor:.3f} ms",
-        unit="",
-        target=target,
-        prediction=predicted,
-        reckoning="floor: max(weight bytes / copy rate, flops / matmul rate)",
-    )
+    return [
+        estimated(
+            typical(blocks[way]),
+            scale=1 / floor,
+            what=f"{_titled(name, way)}, over its floor of {1e3 * floor:.3f} ms",
+            unit="",
+            target=None if context.rehearse else DECODE_TARGET.get((model, dtype)),
+            prediction=context.limits.predict(work, dtype, count) / floor,
+            reckoning="floor: max(weight bytes / copy rate, flops / matmul rate)",
+        )
+        for way, count in _launched(built, "decode").items()
+        if way in blocks
+    ]
 
 
 def _where(context: Context, outcome: Outcome, name: str, built: Built, kind: str, given: Mapping[str, Any]) -> None:

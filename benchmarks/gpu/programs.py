@@ -91,11 +91,16 @@ def place(program: Program, device: torch.device, memory: dict[Any, torch.Tensor
     return Program(module=module, inputs=program.inputs, outputs=program.outputs, ranges=program.ranges)
 
 
-def launches(program: Program) -> int:
-    """Kernels that one run of a lowered program launches, reckoned from its graph."""
+def launches(program: Program, *, only: str = "") -> int:
+    """Kernels that one run of a lowered program launches, reckoned from its graph.
+
+    Args:
+        program: Its graph.
+        only: What the names of the ops to count begin with.
+    """
     total = 0
     for node in program.module.graph.nodes:
-        if node.op == "call_function" and node.target is not operator.getitem:
+        if node.op == "call_function" and node.target is not operator.getitem and str(node.target).startswith(only):
             stem = str(node.target).split(".")[1] if "." in str(node.target) else ""
             total += 0 if stem in NO_KERNEL or not stem else LAUNCHES.get(stem, 1)
     return total
@@ -112,6 +117,7 @@ class Built:
         gold: The same in float64.
         kernels: `prefill`, `append` and `decode` lowered to our kernels.
         launches: Of the lowered programs.
+        kernel_launches: Those of our kernels alone.
         device: Where it lies.
     """
 
@@ -121,6 +127,7 @@ class Built:
     gold: dict[str, Program]
     kernels: dict[str, Program]
     launches: dict[str, int]
+    kernel_launches: dict[str, int]
     device: torch.device
 
     def inputs(self, kind: str, *, events: int = 0, candidates: int = 0, start: int = 0) -> Values:
@@ -175,6 +182,7 @@ def build(context: Context, model: str, dtype: str) -> Built:
         gold={kind: place(captured[kind], context.device, memory, double=True) for kind in KINDS},
         kernels={kind: place(program, context.device, memory) for kind, program in lowered.items()},
         launches={kind: launches(program) for kind, program in lowered.items()},
+        kernel_launches={kind: launches(program, only="onetrans_triton.") for kind, program in lowered.items()},
         device=context.device,
     )
     context.programs[model, dtype] = found
