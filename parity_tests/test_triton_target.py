@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -273,57 +270,3 @@ def test_a_program_without_windows_is_refused(half):
     )
     with pytest.raises(ExportError, match=r"^the program has no windows of keys and values"):
         lower(renamed)
-
-
-CAPTURE = """
-import torch
-from torch._dynamo.backends.common import aot_autograd
-import onetrans.kernels.candidate_attention.kernel, onetrans.kernels.history_attention.kernel
-import onetrans.kernels.mixed_ffn.kernel, onetrans.kernels.mixed_linear.kernel
-
-ops = torch.ops.onetrans_triton
-class Layer(torch.nn.Module):
-    def forward(self, q, s, n, rows, w, w1, w2, gain):
-        seen = ops.history_attention(q, q, q, s, n)
-        own = ops.candidate_attention(rows, rows, rows, [q], [q], [n])
-        own = ops.mixed_linear(own, w, gain)
-        return seen, ops.mixed_ffn(own, w1, w2, gain, 1e-6, "gelu", False)
-
-def half(*shape):
-    return torch.randn(shape, dtype=torch.bfloat16)
-
-rows = [half(2, 70, 2, 64), torch.zeros(2, dtype=torch.int64), torch.full((2,), 70), half(4, 6, 128)]
-inputs = (*rows, half(4, 128, 128), half(4, 128, 256), half(4, 256, 128), half(128))
-exported = torch.export.export(Layer(), inputs, strict=False)
-print("exported", sorted(str(n.target) for n in exported.graph.nodes if "onetrans" in str(n.target)))
-
-class Seen(Exception):
-    pass
-
-def record(module, inputs):
-    kernels = [n for n in module.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
-    print("kernels", len(kernels))
-    raise Seen
-
-try:
-    torch.compile(Layer(), backend=aot_autograd(fw_compiler=record), fullgraph=True)(*inputs)
-except Exception as error:
-    assert "Seen" in repr(error) or isinstance(error.__cause__, Seen) or "Seen" in str(error), error
-"""
-
-
-def test_captures_see_the_kernels():
-    """torch.export keeps the ops; what compiles further (AOTInductor) finds the kernels inside them."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", CAPTURE], capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0] == "exported " + str(
-        [
-            f"onetrans_triton.{op}.default"
-            for op in ("candidate_attention", "history_attention", "mixed_ffn", "mixed_linear")
-        ]
-    )
-    assert lines[1] == "kernels 5", "one of each attention and linear, two of the feed-forward"

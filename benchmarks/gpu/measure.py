@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -145,6 +146,8 @@ def compete(
     contestants: Sequence[Contestant],
     work: Work,
     dtype: str,
+    *,
+    launched: Mapping[str, int | None] = MappingProxyType({OURS: None}),
     **extra: Any,
 ) -> Blocks:
     """Judges, then times in turn; adds a figure per contestant to the outcome. Gives the samples of those that ran.
@@ -156,12 +159,15 @@ def compete(
         contestants: Each is judged before it is timed; who fails or cannot run is recorded without times.
         work: For floor, achieved rates and prediction.
         dtype: Of the operands.
+        launched: Which contestants are ours, and how many kernels each launches; None for one for each of the work's
+            parts.
         **extra: Further facts for every figure.
     """
     limits = context.limits
-    launches = extra.get("launches")
-    predicted, floor = limits.predict(work, dtype, launches), limits.floor(work, dtype)
-    context.progress(f"{case}: predicted {1e6 * predicted:.1f} µs, floor {1e6 * floor:.1f} µs")
+    ours = [contestant.name for contestant in contestants if contestant.name in launched]
+    predicted, floor = {name: limits.predict(work, dtype, launched[name]) for name in ours}, limits.floor(work, dtype)
+    told = "".join(f"{name} predicted {1e6 * seconds:.1f} µs, " for name, seconds in predicted.items())
+    context.progress(f"{case}: {told}floor {1e6 * floor:.1f} µs")
     runs: dict[str, Run] = {}
     judged: dict[str, Parity] = {}
     for contestant in contestants:
@@ -177,10 +183,11 @@ def compete(
             lost_context(error)
             outcome.figures.append({**figure, "failed": reason(error)})
             context.progress(f"{case}: {contestant.name} cannot run: {reason(error)}")
-            if contestant.name == OURS:
+            if contestant.name in launched:
                 traceback.print_exc(file=sys.stderr)
-    if OURS in {contestant.name for contestant in contestants} and OURS not in runs:
-        outcome.failed = f"{case}: our kernels failed; see the figures"
+    missing = [name for name in ours if name not in runs]
+    if missing:
+        outcome.failed = f"{case}: {' and '.join(missing)} failed; see the figures"
     blocks = context.timer.blocks(runs) if runs else {}
     for name, samples in blocks.items():
         time = typical(samples)
@@ -189,7 +196,8 @@ def compete(
                 "case": case,
                 "contestant": name,
                 "seconds": dataclasses.asdict(time),
-                "predicted": predicted if name == OURS else None,
+                "predicted": predicted.get(name),
+                **({"launches": launched[name]} if launched.get(name) else {}),
                 "floor": floor,
                 "flops": work.flops,
                 "bytes": work.bytes,

@@ -28,7 +28,7 @@ from benchmarks.gpu.programs import (
 )
 from benchmarks.gpu.reckoning import Work, append_work, decode_work, prefill_work
 from benchmarks.gpu.timing import Blocks, Run, clear, typical
-from benchmarks.measure import Row, estimated
+from benchmarks.measure import estimated
 from onetrans.export.program import Program
 from onetrans.kernels.jit import interpreted
 
@@ -38,7 +38,7 @@ REQUEST_TARGET = 3.0
 MODES = ("reduce-overhead", "max-autotune")
 UNSPLIT = "unsplit, torch.compile"
 FUSED = f"{OURS}, torch.compile around them"
-FUSED_LAUNCHES = 6  # predicted of what a compiler makes of all that lies between our kernels
+FUSED_LAUNCHES = {"prefill": 5, "append": 5, "decode": 11}  # outside our kernels, as Inductor of torch 2.11 emits them
 
 
 def prefill(context: Context, model: str, dtype: str, *, modes: tuple[str, ...] = ()) -> Outcome:
@@ -66,9 +66,10 @@ def prefill(context: Context, model: str, dtype: str, *, modes: tuple[str, ...] 
     ]
     work = prefill_work(built.sizes.config, events)
     name = f"prefill of {events} events, {model}, {dtype}"
-    blocks = compete(context, outcome, name, contestants, work, dtype, launches=built.launches["prefill"])
+    launched = _launched(built, "prefill", modes)
+    blocks = compete(context, outcome, name, contestants, work, dtype, launched=launched)
     target = None if context.rehearse else PREFILL_TARGET.get((model, dtype))
-    _report(context, outcome, name, blocks, work, dtype, _launched(built, "prefill"), target=target)
+    _report(context, outcome, name, blocks, work, dtype, launched, target=target)
     _where(context, outcome, name, built, "prefill", own)
     return outcome
 
@@ -96,8 +97,9 @@ def append(context: Context, model: str, dtype: str, *, modes: tuple[str, ...] =
     ]
     work = append_work(sizes.config, sizes.before, sizes.new)
     name = f"append of {sizes.new} events to {sizes.before}, {model}, {dtype}"
-    blocks = compete(context, outcome, name, contestants, work, dtype, launches=built.launches["append"])
-    _report(context, outcome, name, blocks, work, dtype, _launched(built, "append"))
+    launched = _launched(built, "append", modes)
+    blocks = compete(context, outcome, name, contestants, work, dtype, launched=launched)
+    _report(context, outcome, name, blocks, work, dtype, launched)
     _where(context, outcome, name, built, "append", own)
     return outcome
 
@@ -123,10 +125,11 @@ def decode(
         ]
         work = decode_work(sizes.config, sizes.prefill, C)
         name = f"decode of {C} candidates, {model}, {dtype}"
-        blocks = compete(context, outcome, name, contestants, work, dtype, launches=built.launches["decode"])
-        _report(context, outcome, name, blocks, work, dtype, _launched(built, "decode"))
-        if OURS in blocks and sizes.request == C:
-            outcome.rows += _over_floor(context, name, blocks, work, built)
+        launched = _launched(built, "decode", modes)
+        blocks = compete(context, outcome, name, contestants, work, dtype, launched=launched)
+        _report(context, outcome, name, blocks, work, dtype, launched)
+        if sizes.request == C:
+            _over_floor(context, outcome, name, blocks, work, built, launched)
             profiled = [(name, own)]
         del given, own, gold, plain, judge, contestants, blocks
         clear()
@@ -163,10 +166,10 @@ def request(context: Context, model: str, dtype: str, *, mode: str | None = None
         name, module = f"{UNSPLIT} {mode}", context.compile(module, mode=mode)
     contestants.append(_called(context, name, call(built.plain["whole"], whole, module), built, "whole", judge))
     work = prefill_work(sizes.config, sizes.prefill) + decode_work(sizes.config, sizes.prefill, C)
-    launched = built.launches["prefill"] + built.launches["decode"]
+    launched = {OURS: built.launches["prefill"] + built.launches["decode"]}
     what = f"request of {sizes.prefill} events and {C} candidates, {model}, {dtype}"
-    blocks = compete(context, outcome, what, contestants, work, dtype, launches=launched)
-    _report(context, outcome, what, blocks, work, dtype, {OURS: launched})
+    blocks = compete(context, outcome, what, contestants, work, dtype, launched=launched)
+    _report(context, outcome, what, blocks, work, dtype, launched)
     if mode is not None:
         row = faster_row(what, blocks, [name], target=REQUEST_TARGET if mode == "max-autotune" else None)
         outcome.rows += [row] if row is not None else []
@@ -192,7 +195,7 @@ def _ours(
     """A lowered program; where others are compiled, once more with what lies between its kernels compiled."""
     program = built.kernels[kind]
     found = [_replayed(context, OURS, program, call(program, own), judge, poison)]
-    if modes and not interpreted():  # a compiler does not see into interpreted kernels
+    if _fuses(modes):
         found.append(
             _replayed(context, FUSED, program, call(program, own, context.compile(program.module)), judge, poison)
         )
@@ -282,13 +285,14 @@ def _with(chain: Chain, values: Values) -> Chain:
     return Chain(plain=chain.plain, gold=chain.gold, ours=values, slabs=chain.slabs)
 
 
-def _launched(built: Built, kind: str) -> dict[str, int]:
-    """Kernels that each of our ways launches, the second's as predicted."""
-    return {OURS: built.launches[kind], FUSED: built.kernel_launches[kind] + FUSED_LAUNCHES}
+def _launched(built: Built, kind: str, modes: tuple[str, ...]) -> dict[str, int]:
+    """Kernels that each of our ways launches, the second's as predicted; see `_ours`."""
+    found = {OURS: built.launches[kind]}
+    return {**found, FUSED: built.kernel_launches[kind] + FUSED_LAUNCHES[kind]} if _fuses(modes) else found
 
 
-def _titled(name: str, way: str) -> str:
-    return name + way.removeprefix(OURS)
+def _fuses(modes: tuple[str, ...]) -> bool:
+    return bool(modes) and not interpreted()  # a compiler does not see into interpreted kernels
 
 
 def _report(
@@ -301,26 +305,34 @@ def _report(
     launched: Mapping[str, int],
     target: float | None = None,
 ) -> None:
-    """A row of each of our times, with where it goes."""
-    limits = context.limits
+    """A row of our time, of the last of our ways, with where it goes."""
+    way, count = list(launched.items())[-1]
+    if way not in blocks:
+        return
+    limits, time, title = context.limits, typical(blocks[way]), _titled(name, way)
+    outcome.rows.append(seconds_row(title, time, prediction=limits.predict(work, dtype, count), target=target))
     arithmetic, moving = work.flops / limits.matmul[dtype], work.bytes / limits.copy
-    for way, count in launched.items():
-        if way in blocks:
-            time, title = typical(blocks[way]), _titled(name, way)
-            outcome.rows.append(seconds_row(title, time, prediction=limits.predict(work, dtype, count), target=target))
-            outcome.notes.append(
-                f"{title}: {1e6 * time.value:.0f} µs; arithmetic at the product's rate would take"
-                f" {1e6 * arithmetic:.0f} µs, bytes at the copy's {1e6 * moving:.0f} µs, about {count} launches"
-                f" {1e6 * count * limits.launch:.0f} µs"
-            )
+    outcome.notes.append(
+        f"{title}: {1e6 * time.value:.0f} µs; arithmetic at the product's rate would take {1e6 * arithmetic:.0f} µs,"
+        f" bytes at the copy's {1e6 * moving:.0f} µs, about {count} launches {1e6 * count * limits.launch:.0f} µs"
+    )
 
 
-def _over_floor(context: Context, name: str, blocks: Blocks, work: Work, built: Built) -> list[Row]:
-    """Our times over the larger of weight bytes and operations at the measured rates."""
+def _over_floor(
+    context: Context,
+    outcome: Outcome,
+    name: str,
+    blocks: Blocks,
+    work: Work,
+    built: Built,
+    launched: Mapping[str, int],
+) -> None:
+    """The same over the larger of weight bytes and operations at the measured rates."""
     model, dtype = built.sizes.config.name, str(built.dtype).removeprefix("torch.")
     floor = context.limits.weight_floor(work, dtype)
-    return [
-        estimated(
+    way, count = list(launched.items())[-1]
+    if way in blocks:
+        row = estimated(
             typical(blocks[way]),
             scale=1 / floor,
             what=f"{_titled(name, way)}, over its floor of {1e3 * floor:.3f} ms",
@@ -329,9 +341,11 @@ def _over_floor(context: Context, name: str, blocks: Blocks, work: Work, built: 
             prediction=context.limits.predict(work, dtype, count) / floor,
             reckoning="floor: max(weight bytes / copy rate, flops / matmul rate)",
         )
-        for way, count in _launched(built, "decode").items()
-        if way in blocks
-    ]
+        outcome.rows.append(row)
+
+
+def _titled(name: str, way: str) -> str:
+    return name + way.removeprefix(OURS)
 
 
 def _where(context: Context, outcome: Outcome, name: str, built: Built, kind: str, given: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ def candidate_attention_kernel(
         splits = tl.num_programs(1) // H
         split = head // H
         head = head % H
-    first, here, row_candidate, row_position = place(tile, user, starts, C, P, GROUP, RAGGED, BLOCK_M)
+    first, here, row_candidate, row_position = place(tile, user, starts if RAGGED else None, C, P, GROUP, BLOCK_M)
     if here <= 0:
         return
     real = row_candidate < here
@@ -151,7 +151,7 @@ def candidate_fold_kernel(
     tile = tl.program_id(0)
     head = tl.program_id(1)
     user = tl.program_id(2)
-    first, here, row_candidate, row_position = place(tile, user, starts, C, P, GROUP, RAGGED, BLOCK_M)
+    first, here, row_candidate, row_position = place(tile, user, starts if RAGGED else None, C, P, GROUP, BLOCK_M)
     if here <= 0:
         return
     _, _, count = ends(user, length0, length1, length2, capacity0, capacity1, capacity2, SEGMENTS)

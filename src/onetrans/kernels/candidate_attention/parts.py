@@ -115,11 +115,15 @@ def factors(m, m_next):
 
 
 @triton.jit
-def place(tile, user, starts, C, P: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A tile's first candidate row, its number of candidates, and each row's candidate and position."""
+def place(tile, user, starts, C, P: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile's first candidate row, its number of candidates, and each row's candidate and position.
+
+    `starts` is None where users bring C candidates each: torch's analysis of what a kernel writes takes every tensor of
+    a call that leads to a store's address for written.
+    """
     first = user * C
     count = C
-    if RAGGED:
+    if starts is not None:
         first = tl.load(starts + user).to(tl.int32)
         count = tl.load(starts + user + 1).to(tl.int32) - first
     here = tl.minimum(count - tile * GROUP, GROUP)

@@ -73,7 +73,7 @@ def _replace(program: Program, node: fx.Node) -> None:
         flat = call(place, aten.expand.default, flat, [P, -1, -1])
     residual = tail.residual and call(place, aten.reshape.default, tail.residual, [1, -1, F])
     made = call(place, torch.ops.onetrans.mixed_linear.default, flat, w, None, 1e-6, bias, residual, tail.activation)
-    if P == 1:
+    if apart is None:
         made = call(place, aten.view.default, made, [*sizes(place, x, range(x.meta["val"].dim() - 1)), F])
     place.replace_all_uses_with(made)
 

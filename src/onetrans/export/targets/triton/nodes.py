@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,9 +39,11 @@ def call(place: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
     return node
 
 
-def constant(place: fx.Node, program: Program, name: str, value: torch.Tensor) -> fx.Node:
-    """A weight of the graph, read before `place`."""
-    program.module.register_buffer(name, value, persistent=False)
+def constant(place: fx.Node, program: Program, stem: str, value: torch.Tensor) -> fx.Node:
+    """A weight of the graph, read before `place`, under the first free name that begins with `stem`."""
+    module = program.module
+    name = next(name for name in (f"{stem}{i}" for i in itertools.count()) if not hasattr(module, name))
+    module.register_buffer(name, value, persistent=False)
     with place.graph.inserting_before(place):
         node = place.graph.get_attr(name)
     node.meta["val"] = place.meta["val"].fake_mode.from_tensor(value, static_shapes=True)

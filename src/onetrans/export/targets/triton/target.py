@@ -20,7 +20,7 @@ from onetrans.export.passes.keep_rows import selected_from
 from onetrans.export.program import Program
 from onetrans.export.subgraph import dtype_name
 from onetrans.export.targets.triton.linears import linears_as_kernels
-from onetrans.export.targets.triton.nodes import call, copied, only_user
+from onetrans.export.targets.triton.nodes import call, copied
 from onetrans.features.encode import TensorSpec
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ def lower(program: Program) -> Program:
     Raises:
         ExportError: The program is not one that keeps its state in windows.
     """
-    program = _state_in_slabs(_layers_apart(_queried_rows(linears_as_kernels(copied(program)))))
+    program = _state_in_slabs(_queried_rows(linears_as_kernels(copied(program))))
     graph = program.module.graph
     for node in list(graph.nodes):
         stem = str(node.target).removeprefix("onetrans.").removesuffix(".default")
@@ -70,32 +70,40 @@ def _queried_rows(program: Program) -> Program:
     return program
 
 
-def _layers_apart(program: Program) -> Program:
-    """Reads a layer's part of lengths [U, layers] as kernels want it."""
-    for node in list(program.module.graph.nodes):
-        if node.target is aten.select.int and node.args[1] == 1 and _is_per_layer(node.args[0]):
-            node.replace_all_uses_with(_of_layer(node, node.args[0], node.args[2]))
-    return program
+class _Layers:
+    """Layers' parts [U] of lengths [U, layers]; each of these is turned once, so that its parts need no copy."""
 
+    def __init__(self) -> None:
+        self._turned: dict[fx.Node, fx.Node] = {}
+        self._parts: dict[fx.Node, tuple[fx.Node, int]] = {}
 
-def _of_layer(place: fx.Node, stack: fx.Node, layer: int) -> fx.Node:
-    """A layer's part [U] of a stack [U, layers]; the stack is turned once, so that the parts need no copy each."""
-    turned = next((user for user in stack.users if user.target is aten.t.default), None)
-    if turned is None:
-        after = stack.next
-        while after.op == "placeholder":
-            after = after.next
-        turned = call(after, aten.t.default, stack)
-        call(after, aten.contiguous.default, turned)
-    contiguous = only_user(turned)
-    assert contiguous is not None
-    return call(place, aten.select.int, contiguous, 0, layer)
+    def part(self, place: fx.Node, stack: fx.Node, layer: int) -> fx.Node:
+        """A layer's part, read before `place`."""
+        if stack not in self._turned:
+            after = stack.next
+            while after.op == "placeholder":
+                after = after.next
+            self._turned[stack] = call(after, aten.contiguous.default, call(after, aten.t.default, stack))
+        part = call(place, aten.select.int, self._turned[stack], 0, layer)
+        self._parts[part] = (stack, layer)
+        return part
 
+    def stack(self, part: fx.Node, layer: int) -> fx.Node:
+        """What `part` was taken of.
 
-def _stack_of(part: fx.Node) -> fx.Node:
-    """The stack that `_of_layer` took a part of."""
-    stack: fx.Node = part.args[0].args[0].args[0]  # type: ignore[union-attr, assignment]
-    return stack
+        Raises:
+            ExportError: It is no part of the layer.
+        """
+        stack, found = self._parts.get(part, (part, None))
+        if found != layer:
+            raise ExportError(f"{part.name} is read as layer {layer}'s part of lengths [U, layers], and is not one")
+        return stack
+
+    def take_apart(self, program: Program) -> None:
+        """Turns whatever a layer's part is taken of."""
+        for node in list(program.module.graph.nodes):
+            if node.target is aten.select.int and node.args[1] == 1 and _is_per_layer(node.args[0]):
+                node.replace_all_uses_with(self.part(node, node.args[0], node.args[2]))
 
 
 def _is_per_layer(node: Any) -> bool:
@@ -105,6 +113,8 @@ def _is_per_layer(node: Any) -> bool:
 
 def _state_in_slabs(program: Program) -> Program:
     """Reads and writes the windows of K and V in slabs instead of taking and returning them."""
+    layers = _Layers()
+    layers.take_apart(program)
     results = dict(zip(program.outputs, program.results(), strict=True))
     given = {spec.name: node for spec, node in zip(program.inputs, program.placeholders(), strict=True)}
     written = {name: node for name, node in results.items() if WINDOW.fullmatch(name)}
@@ -120,8 +130,8 @@ def _state_in_slabs(program: Program) -> Program:
     layer_of = {node: int(name.removeprefix("past_")[1:]) for name, node in {**read, **written}.items()}
     lengths = results["lengths"] if written else None
     if lengths is not None:
-        _write(written, lengths, added, slots, layer_of)
-    _read(program, added, slots, layer_of, lengths)
+        _write(written, layers, lengths, added, slots, layer_of)
+    _read(program, layers, added, slots, layer_of, lengths)
     kept = {name: node for name, node in results.items() if name not in written}
     (output,) = (node for node in program.module.graph.nodes if node.op == "output")
     output.args = (tuple(kept.values()),)
@@ -169,6 +179,7 @@ def _placeholder(program: Program, name: str, value: torch.Tensor) -> fx.Node:
 
 def _write(
     written: dict[str, fx.Node],
+    layers: _Layers,
     lengths: fx.Node,
     slabs: dict[str, fx.Node],
     slots: fx.Node,
@@ -190,12 +201,13 @@ def _write(
             if any(argument is not None for argument in (arguments.pop(), arguments.pop())):
                 raise ExportError(f"{name} is a projection with an activation or a residual; the kernel writes neither")
             state: list[Any] = [slabs[name], slabs[f"v{name[1:]}"], slots]
-            state += [_of_layer(projection, stack, layer) for stack in stacks]
+            state += [layers.part(projection, stack, layer) for stack in stacks]
             call(projection, torch.ops.onetrans.keys_into_state.default, *arguments, *state)
 
 
 def _read(
     program: Program,
+    layers: _Layers,
     slabs: dict[str, fx.Node],
     slots: fx.Node,
     layer_of: dict[fx.Node, int],
@@ -205,6 +217,7 @@ def _read(
 
     Args:
         program: Changed in place.
+        layers: Give layers' parts of lengths.
         slabs: By name, as k0.
         slots: [U].
         layer_of: Of every window that is an input or a result.
@@ -215,14 +228,14 @@ def _read(
             assert lengths is not None
             q, k, _, q_start, length = node.args[:5]
             layer = layer_of[k]
-            first = _first_query(node, lengths, q_start, length, layer)
-            total = _of_layer(node, lengths, layer)
+            first = _first_query(node, layers, lengths, q_start, length, layer)
+            total = layers.part(node, lengths, layer)
             node.args = (q, slabs[f"k{layer}"], slabs[f"v{layer}"], first, total, None, None, None, slots)
         elif str(node.target) == CANDIDATES:
             q, k, v, keys, values, read = node.args[:6]
             others = [i for i, key in enumerate(keys) if key not in layer_of]
             (layer,) = {layer_of[key] for key in keys if key in layer_of}
-            total = read[-1] if lengths is None else _of_layer(node, lengths, layer)
+            total = read[-1] if lengths is None else layers.part(node, lengths, layer)
             node.args = (
                 q,
                 k,
@@ -234,17 +247,19 @@ def _read(
             )
 
 
-def _first_query(place: fx.Node, lengths: fx.Node, q_start: fx.Node, length: fx.Node, layer: int) -> fx.Node:
+def _first_query(
+    place: fx.Node, layers: _Layers, lengths: fx.Node, q_start: fx.Node, length: fx.Node, layer: int
+) -> fx.Node:
     """Where a layer's queries begin in its slab: past tokens, then `q_start` new ones; one sum for all layers."""
     past, new = lengths.args
     assert isinstance(past, fx.Node)
-    if _stack_of(length) is not new:
+    if layers.stack(length, layer) is not new:
         raise ExportError(f"layer {layer} attends to {length.name} new tokens, which are not those of lengths")
     if q_start.target is aten.zeros_like.default:
-        return _of_layer(place, past, layer)
-    starts = _stack_of(q_start)
-    firsts = next((user for user in past.users if user.args == (past, starts)), None)
-    return _of_layer(place, firsts or call(place, aten.add.Tensor, past, starts), layer)
+        return layers.part(place, past, layer)
+    wanted = (past, layers.stack(q_start, layer))
+    sums = (user for user in past.users if user.target is aten.add.Tensor and user.args == wanted)
+    return layers.part(place, next(sums, None) or call(place, aten.add.Tensor, *wanted), layer)
 
 
 def _uncopied(x: fx.Node) -> fx.Node:
