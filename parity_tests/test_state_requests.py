@@ -213,18 +213,20 @@ def set_state(body: dict[str, Any]) -> None:
 def test_a_bundle_whose_states_are_others_cannot_take_over(
     ranker: Ranker, lives: dict[str, Request], bundle: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    refused(ranker, lives, bundle, lambda: rehash(bundle, change), message)
+    assert_refused(ranker, lives, bundle, lambda: rehash(bundle, change), message)
 
 
 def test_another_model_cannot_take_over(ranker: Ranker, lives: dict[str, Request], intent_bundle: Path) -> None:
-    refused(ranker, lives, intent_bundle, lambda: None, "its state differs; open a Ranker of its own for it")
+    assert_refused(ranker, lives, intent_bundle, lambda: None, "its state differs; open a Ranker of its own for it")
 
 
 def test_what_is_no_bundle_cannot_take_over(ranker: Ranker, lives: dict[str, Request], bundle: Path) -> None:
-    refused(ranker, lives, bundle, lambda: shutil.rmtree(bundle), "does not exist; give the folder")
+    assert_refused(ranker, lives, bundle, lambda: shutil.rmtree(bundle), "does not exist; give the folder")
 
 
-def refused(ranker: Ranker, lives: dict[str, Request], path: Path, spoil: Callable[[], object], message: str) -> None:
+def assert_refused(
+    ranker: Ranker, lives: dict[str, Request], path: Path, spoil: Callable[[], object], message: str
+) -> None:
     request = upto(lives["user0"], 70, 3)
     scores = rank(ranker, request)
     before, states, version = ranker.cache.held(), contents(ranker), ranker.bundle

@@ -225,7 +225,7 @@ def test_a_candidates_score_is_its_own_in_any_company(half):
         assert torch.equal(one[task][0, 0], logits[0, 3])
 
 
-def same_pools(one, other):
+def assert_same_pools(one, other):
     for name, slab in one.items():
         assert torch.equal(torch.nan_to_num(slab), torch.nan_to_num(other[name])), name
         assert torch.equal(torch.isnan(slab), torch.isnan(other[name])), f"{name}: other rows were written"
@@ -240,7 +240,7 @@ def test_a_state_that_was_appended_to_is_bitwise_a_fresh_one(half):
     grown = half.run("ours", "append", half.users(0, new=[5]), pool, where)
     for name in ("lengths", "partial_product_0"):
         assert torch.equal(grown[name], fresh[name])
-    same_pools(pool, fresh_pool)
+    assert_same_pools(pool, fresh_pool)
     scores = half.score(0, slots=[2], pool=fresh_pool, state=fresh)
     for _ in range(2):
         again = half.score(0, slots=[2], pool=pool, state=grown)
@@ -256,7 +256,10 @@ def test_an_append_of_two_users_is_that_of_each(half):
     half.run("ours", "append", half.users(0, 1, new=[5, 6]), pool, {"slots": slots})
     for u, new in ((0, 5), (1, 6)):
         half.run("ours", "append", half.users(u, new=[new]), alone, {"slots": slots[[u]]})
-    same_pools(pool, alone)
+    assert_same_pools(pool, alone)
+    for slot, tokens in ((0, 64 + 5), (4, 64 + 6)):
+        assert torch.isfinite(pool["k_state0"][slot, :tokens]).all()
+        assert torch.isnan(pool["k_state0"][slot, tokens:]).all()
 
 
 def test_a_program_without_windows_is_refused(half):
