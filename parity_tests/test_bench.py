@@ -14,7 +14,7 @@ import pytest
 
 from onetrans.bench.load import LoadConfig, file_requests, random_requests
 from onetrans.bench.plots import plot_latency
-from onetrans.bench.record import dumps, make_record, read_record, summarise, write_json
+from onetrans.bench.record import dumps, read_record, summarise, write_json
 from onetrans.bench.report import latency_markdown
 from onetrans.bench.run import bench_ranker, quiet_collector
 from onetrans.bench.stats import median, median_ratio, percentiles
@@ -23,6 +23,7 @@ from onetrans.features.random_requests import first_events
 from onetrans.features.requests import write_requests
 from onetrans.runtime.ranker import Ranker
 from parity_tests.conftest import error_line, request_of
+from parity_tests.records import short_record
 
 Cli = Callable[..., Any]
 
@@ -36,11 +37,7 @@ def ranker(tiny_bundle: Path) -> Ranker:
 
 @pytest.fixture(scope="module")
 def record(ranker: Ranker) -> dict[str, Any]:
-    manifest = ranker.bundle.manifest
-    load = LoadConfig(events=9, candidates=5)
-    samples = bench_ranker(ranker, random_requests(load, manifest), count=23, warmup=2)
-    shape = {"requests": 23, "input": None, **vars(load)}
-    return make_record(manifest, samples, load=shape, threads=1, parity={"cases": 9}, notes=("short | rough",))
+    return short_record(ranker)
 
 
 def write_load(path: Path, ranker: Ranker, counts: list[tuple[int, int]]) -> Path:

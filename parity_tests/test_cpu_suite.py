@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,13 @@ from benchmarks.measure import Measured, Row, in_turn
 from benchmarks.products import Product, decode_products, prefill_products, total_flops, visible_pairs
 from benchmarks.suite import format_row, new_suite
 from benchmarks.torch_floor import time_products
-from onetrans.bench.load import LoadConfig, random_requests
-from onetrans.bench.record import make_record, write_json
-from onetrans.bench.run import bench_ranker
+from onetrans.bench.record import write_json
 from onetrans.errors import DataError
 from onetrans.model.config import ModelConfig
 from onetrans.model.presets import preset
 from onetrans.runtime.ranker import Ranker
 from parity_tests.conftest import request_of
-
-Cli = Callable[..., Any]
-
-COLD = ("encode", "prefill", "decode", "whole")  # what runs where nothing is kept
+from parity_tests.records import short_record
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +36,7 @@ def ranker(tiny_bundle: Path) -> Ranker:
 
 @pytest.fixture(scope="module")
 def record(ranker: Ranker) -> dict[str, Any]:
-    manifest = ranker.bundle.manifest
-    load = LoadConfig(events=9, candidates=5)
-    samples = bench_ranker(ranker, random_requests(load, manifest), count=23, warmup=2)
-    shape = {"requests": 23, "input": None, **vars(load)}
-    return make_record(manifest, samples, load=shape, threads=1, parity={"cases": 9}, notes=("short | rough",))
+    return short_record(ranker)
 
 
 SMALL = dataclasses.replace(preset("tiny"), l_ns=2, d=8, heads=2, layers=2, event_hidden=6, tokenizer_hidden=10)
