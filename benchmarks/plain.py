@@ -12,7 +12,7 @@ from onetrans.bench.load import LoadConfig, random_requests
 from onetrans.bench.record import make_record
 from onetrans.bench.run import REQUESTS, bench_ranker
 from onetrans.bench.stats import LEAST_SAMPLES, median, percentiles
-from onetrans.export.verify import check, read_cases, verify
+from onetrans.parity.verify import check, read_cases, verify
 from onetrans.runtime.ranker import Ranker
 
 GIB = 2**30

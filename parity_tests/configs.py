@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from onetrans.features.synthetic import log_schema
+from onetrans.features.synthetic.logs import log_schema
 from onetrans.model.config import ModelConfig
 
 SCHEMA = log_schema(items=200, categories=20, tags=30, item_dim=8, category_dim=4, tag_dim=4, age_dim=4, hour_dim=4)

@@ -13,22 +13,22 @@ from typing import Any, cast
 import numpy as np
 
 from onetrans.export.gold import run_model
-from onetrans.export.verify import FACTOR, FLOOR_ULP, ULP
 from onetrans.features.encode import encode_candidates, encode_tokens, encode_users
 from onetrans.features.merge import Merge, merge_tokens, parse_history
 from onetrans.features.requests import Request
 from onetrans.features.schema import FeatureSchema
 from onetrans.features.windows import window_starts
 from onetrans.model.onetrans import OneTrans
+from onetrans.parity.verify import FACTOR, FLOOR_ULP, ULP
 from onetrans.runtime import Ranker, Scores
 from onetrans.runtime.backends.base import Backend
-from onetrans.runtime.backends.host_pool import HostPool
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.cache.lookup import Held
 from onetrans.runtime.cache.state_cache import Key
 from onetrans.runtime.metrics import Metrics
+from onetrans.runtime.pools.host import HostPool
 from parity_tests.conftest import rehash, request_of
 
 Logits = Mapping[str, np.ndarray]
@@ -98,7 +98,7 @@ class Reference:
     """The model in one pass over the whole history, with no cache and no split: in float64, and as it is.
 
     A score may be FACTOR times further from float64 than the largest error of the plain float32 model, plus FLOOR_ULP
-    units in the last place of the request's largest logit: the formula of `onetrans.export.verify`. The error of the
+    units in the last place of the request's largest logit: the formula of `onetrans.parity.verify`. The error of the
     plain model is taken over all requests so far, the first CALIBRATION of them random ones, since that of a single
     logit is zero by luck now and then.
     """

@@ -22,9 +22,11 @@ MAY_IMPORT = {
     "kernels": set(),
     "model": {"features", "kernels"},
     "runtime": {"features", "kernels"},
-    "export": {"features", "kernels", "model", "runtime"},
-    "bench": {"features", "runtime"},
-    "cli": {"features", "kernels", "model", "runtime", "export", "bench"},
+    "export": {"features", "kernels", "model", "runtime", "parity"},
+    "parity": {"features", "runtime"},
+    "bench": {"features", "runtime", "parity"},
+    "sizing": {"features", "runtime", "parity", "bench"},
+    "cli": {"features", "kernels", "model", "runtime", "export", "bench", "parity", "sizing"},
 }
 NEVER_IMPORTED = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NEVER_CALLED = {

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onetrans.errors import CheckpointError, OutputExistsError
-from onetrans.features.synthetic import log_schema
+from onetrans.features.synthetic.logs import log_schema
 from onetrans.model.checkpoint import load_checkpoint, random_model, read_record, save_checkpoint, weights_hash
 from onetrans.model.config import ModelConfig
 

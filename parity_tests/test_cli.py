@@ -18,7 +18,7 @@ from onetrans.cli.main import COMMANDS
 from onetrans.features.logs import write_logs
 from onetrans.features.random_requests import first_events
 from onetrans.features.requests import read_requests, write_requests
-from onetrans.features.synthetic import generate
+from onetrans.features.synthetic.logs import generate
 from onetrans.model.checkpoint import random_model, save_checkpoint
 from onetrans.model.presets import preset
 from onetrans.runtime import Bundle, Ranker

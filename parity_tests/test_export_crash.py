@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from onetrans.errors import JobError, OutputExistsError
-from onetrans.features.folders import new_folder, replace_text, write_new_text
+from onetrans.files import new_folder, replace_text, write_new_text
 from onetrans.model.checkpoint import save_checkpoint
 from onetrans.model.onetrans import OneTrans
 from onetrans.runtime import Bundle
@@ -100,7 +100,7 @@ def test_onetrans_export_is_the_export_command(
 WRITER = """
 import sys, time
 from pathlib import Path
-from onetrans.features.folders import new_folder
+from onetrans.files import new_folder
 with new_folder(sys.argv[1]) as folder:
     for index in range(200):
         (folder / f"file{index}").write_bytes(bytes(50_000))

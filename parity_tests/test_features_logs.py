@@ -18,7 +18,7 @@ from onetrans.features.logs import Events, Impressions, Logs, read_logs, write_l
 from onetrans.features.merge import merge_tokens, parse_history
 from onetrans.features.requests import Request, read_requests, write_requests
 from onetrans.features.schema import Feature, FeatureSchema
-from onetrans.features.synthetic import generate
+from onetrans.features.synthetic.logs import generate
 from onetrans.features.windows import window_starts
 
 pa = pytest.importorskip("pyarrow")

@@ -8,7 +8,7 @@ import pytest
 
 from onetrans.errors import ConfigError
 from onetrans.features.schema import Feature, FeatureSchema
-from onetrans.features.synthetic import log_schema
+from onetrans.features.synthetic.logs import log_schema
 from onetrans.features.windows import can_append, window_bounds, window_starts
 
 

@@ -11,8 +11,8 @@ import pytest
 from onetrans.errors import ConfigError
 from onetrans.features.batches import Requests, index_requests, split_by_time
 from onetrans.features.popularity import popularity_scores
-from onetrans.features.synthetic import generate, log_schema, simulate
-from onetrans.features.synthetic_run import EPOCH, Simulation
+from onetrans.features.synthetic.logs import generate, log_schema, simulate
+from onetrans.features.synthetic.run import EPOCH, Simulation
 
 
 @pytest.fixture(scope="module")

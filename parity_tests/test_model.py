@@ -13,7 +13,7 @@ import torch
 
 from onetrans.features.encode import input_specs
 from onetrans.features.schema import FeatureSchema
-from onetrans.features.synthetic import log_schema
+from onetrans.features.synthetic.logs import log_schema
 from onetrans.features.windows import window_starts
 from onetrans.model.checkpoint import random_model
 from onetrans.model.config import ModelConfig

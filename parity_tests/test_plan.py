@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onetrans.bench.arrivals import Arrivals, Trace
-from onetrans.bench.costs import STATES, Costs, measure
-from onetrans.bench.plan import Replay, make_plan, replay
 from onetrans.errors import ConfigError
 from onetrans.export import export
 from onetrans.model.checkpoint import random_model
 from onetrans.runtime import Bundle, Ranker
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.manifest import Manifest
+from onetrans.sizing.arrivals import Arrivals, Trace
+from onetrans.sizing.costs import STATES, Costs, measure
+from onetrans.sizing.plan import Replay, make_plan, replay
 from parity_tests.configs import VARIANTS, small_config
 from parity_tests.conftest import Command, error_line, request_of
 

@@ -12,9 +12,9 @@ import pytest
 from onetrans.errors import StateError
 from onetrans.features.requests import Request
 from onetrans.runtime import Ranker
-from onetrans.runtime.backends.host_pool import HostPool
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
+from onetrans.runtime.pools.host import HostPool
 from parity_tests.states import (
     Reference,
     Watched,

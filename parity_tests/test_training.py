@@ -22,7 +22,7 @@ from onetrans.cli.train import train_command
 from onetrans.errors import CheckpointError, ConfigError, DataError, JobError, MissingDependencyError, OutputExistsError
 from onetrans.features.logs import Logs, read_logs
 from onetrans.features.schema import Feature
-from onetrans.features.synthetic import log_schema
+from onetrans.features.synthetic.logs import log_schema
 from onetrans.model.checkpoint import load_checkpoint, random_model, weights_hash
 from onetrans.model.config import ModelConfig
 from onetrans.model.presets import preset

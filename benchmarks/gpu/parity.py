@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from onetrans.errors import ParityError
-from onetrans.export.verify import FACTOR, FLOOR_ULP
+from onetrans.parity.verify import FACTOR, FLOOR_ULP
 
 OTHERS = 4.0  # times the bound for other libraries' kernels, which need only compute the same function
 

@@ -18,7 +18,7 @@ from onetrans.bench.stats import LEAST_SAMPLES
 from onetrans.cli.cache import cache_options
 from onetrans.cli.console import print_json, print_table, stages, stderr
 from onetrans.errors import ConfigError
-from onetrans.export.verify import check, read_cases, verify
+from onetrans.parity.verify import check, read_cases, verify
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker
 

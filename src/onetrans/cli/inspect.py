@@ -10,11 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from onetrans.cli.console import print_json, print_table, stderr
+from onetrans.cli.picture import draw_split
 from onetrans.errors import ConfigError, OutputExistsError
-from onetrans.features.folders import replace_text
+from onetrans.files import replace_text
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.manifest import Manifest
-from onetrans.runtime.picture import draw_split
 
 
 @click.command("inspect")

@@ -10,15 +10,15 @@ from typing import Any
 import click
 from rich.table import Table
 
-from onetrans.bench.arrivals import Arrivals
-from onetrans.bench.costs import CANDIDATES, STATES, Costs, measure
-from onetrans.bench.plan import LEAST_REQUESTS, MOST_REQUESTS, REQUESTS, Machine, Plan, make_plan
 from onetrans.cli.console import print_json, print_table, stages
 from onetrans.errors import ConfigError
 from onetrans.runtime.backends.registry import open_backend
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig, parse_bytes
 from onetrans.runtime.ranker import Ranker
+from onetrans.sizing.arrivals import Arrivals
+from onetrans.sizing.costs import CANDIDATES, STATES, Costs, measure
+from onetrans.sizing.plan import LEAST_REQUESTS, MOST_REQUESTS, REQUESTS, Machine, Plan, make_plan
 
 SAMPLE = 1000  # users, and about as many requests, of whose histories a few are measured
 POSITIVE = click.IntRange(min=1)

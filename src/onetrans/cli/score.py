@@ -13,8 +13,8 @@ from rich.table import Table
 from onetrans.cli.cache import cache_options
 from onetrans.cli.console import print_json, print_table, stderr
 from onetrans.errors import DataError, OutputExistsError
-from onetrans.features.folders import write_new_text
 from onetrans.features.requests import Request, read_requests
+from onetrans.files import write_new_text
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker, Scores
 

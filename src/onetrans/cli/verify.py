@@ -10,7 +10,7 @@ from rich.table import Table
 
 from onetrans.cli.console import print_json, print_table, stages
 from onetrans.errors import ParityError
-from onetrans.export.verify import CaseResult, StoredCase, check, read_cases, verify
+from onetrans.parity.verify import CaseResult, StoredCase, check, read_cases, verify
 from onetrans.runtime.backends.registry import open_backend
 from onetrans.runtime.bundle import Bundle
 

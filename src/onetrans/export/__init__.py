@@ -1,6 +1,6 @@
 """Export: capture, split, passes, targets, the bundle writer and verify.
 
-`export` is imported when it is asked for, so that `onetrans.export.verify` works without torch.
+`export` is imported when it is asked for, so that `onetrans.parity.verify` works without torch.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from onetrans.export.verify import StoredCase
 from onetrans.features.encode import encode_candidates, encode_tokens, encode_users
 from onetrans.features.merge import Merge, TokenColumns, merge_tokens, parse_history
 from onetrans.features.random_requests import random_request
 from onetrans.features.windows import window_starts
 from onetrans.model.config import ModelConfig
 from onetrans.model.onetrans import OneTrans
+from onetrans.parity.verify import StoredCase
 
 Arrays = dict[str, NDArray[Any]]
 

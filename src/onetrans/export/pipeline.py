@@ -15,10 +15,10 @@ from onetrans.export.gold import build_cases
 from onetrans.export.inputs import capture_model, probe
 from onetrans.export.passes.keep_rows import keep_rows
 from onetrans.export.split import extract, split
-from onetrans.export.verify import CaseResult, check, read_cases, verify
 from onetrans.export.writer import make_manifest, write_gold, write_graphs, write_manifest
-from onetrans.features.folders import new_folder
+from onetrans.files import new_folder
 from onetrans.model.onetrans import OneTrans
+from onetrans.parity.verify import CaseResult, check, read_cases, verify
 from onetrans.runtime.backends.registry import open_backend
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.manifest import Manifest

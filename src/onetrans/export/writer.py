@@ -24,11 +24,11 @@ from onetrans.export.program import Program
 from onetrans.export.split import SplitReport
 from onetrans.export.subgraph import tensor_spec
 from onetrans.export.targets.onnx.target import external_weights, lower, serialise
-from onetrans.export.verify import StoredCase
 from onetrans.features.encode import TensorSpec
 from onetrans.model.checkpoint import weights_hash
 from onetrans.model.config import ModelConfig
 from onetrans.model.onetrans import OneTrans
+from onetrans.parity.verify import StoredCase
 from onetrans.runtime.manifest import GOLD_FILE, MANIFEST_FILE, WEIGHTS_FILE, Graph, Manifest, StateTensor, Windows
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ import numpy as np
 from onetrans.errors import ConfigError, DataError
 from onetrans.features import parquet
 from onetrans.features.columns import Array, Columns, Place, check_lengths, parse_columns, parse_integers, refuse, show
-from onetrans.features.folders import new_folder
 from onetrans.features.merge import parse_behaviours
 from onetrans.features.schema import Feature, FeatureSchema
+from onetrans.files import new_folder
 
 SCHEMA_FILE, EVENTS_FILE, IMPRESSIONS_FILE = "schema.json", "events.parquet", "impressions.parquet"
 LABELS = ("click", "conversion")

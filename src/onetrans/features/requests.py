@@ -14,10 +14,10 @@ from onetrans.errors import DataError
 from onetrans.features.batches import Requests
 from onetrans.features.columns import show
 from onetrans.features.encode import CandidatesLike, encode_users, parse_candidates
-from onetrans.features.folders import write_new_text
 from onetrans.features.logs import read_logs
 from onetrans.features.merge import History, parse_history
 from onetrans.features.schema import FeatureSchema
+from onetrans.files import write_new_text
 
 _NEEDED = ("history", "profile", "candidates")
 _NAMES = ("user", "request")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from onetrans.errors import CheckpointError, ConfigError
-from onetrans.features.folders import new_folder
+from onetrans.files import new_folder
 from onetrans.model.config import ModelConfig
 from onetrans.model.onetrans import OneTrans
 

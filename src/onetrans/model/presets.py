@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from onetrans.errors import ConfigError
-from onetrans.features.synthetic import log_schema
+from onetrans.features.synthetic.logs import log_schema
 from onetrans.model.config import ModelConfig
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from onetrans.errors import ConfigError
 from onetrans.features.logs import Logs
-from onetrans.features.synthetic import generate, log_schema
+from onetrans.features.synthetic.logs import generate, log_schema
 from onetrans.model.config import ModelConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from onetrans.errors import JobError, MissingDependencyError
-from onetrans.features.folders import new_folder
 from onetrans.features.logs import Logs
+from onetrans.files import new_folder
 from onetrans.model.checkpoint import weights_hash, write_checkpoint
 from onetrans.model.config import ModelConfig
 from onetrans.model.onetrans import OneTrans

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load, save_file
 
 from onetrans.errors import CheckpointError, ConfigError
-from onetrans.features.folders import new_folder
+from onetrans.files import new_folder
 from onetrans.model.checkpoint import load_checkpoint, write_checkpoint
 from onetrans.model.onetrans import OneTrans
 from onetrans.model.training.optimizers import Optimizers

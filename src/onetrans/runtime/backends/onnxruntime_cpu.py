@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from onetrans.errors import BundleError, MissingDependencyError
 from onetrans.runtime.backends.base import Arrays, Backend, StatePool
-from onetrans.runtime.backends.host_pool import HostPool
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.manifest import WEIGHTS_FILE, Graph
+from onetrans.runtime.pools.host import HostPool
 from onetrans.runtime.tensors import read_tensors
 
 

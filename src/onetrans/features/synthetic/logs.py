@@ -11,8 +11,8 @@ import numpy as np
 from onetrans.errors import ConfigError
 from onetrans.features.logs import Logs
 from onetrans.features.schema import Feature, FeatureSchema
-from onetrans.features.synthetic_run import BEHAVIOURS, DAY, EPOCH, Run, Simulation
-from onetrans.features.synthetic_world import World
+from onetrans.features.synthetic.run import BEHAVIOURS, DAY, EPOCH, Run, Simulation
+from onetrans.features.synthetic.world import World
 
 
 def log_schema(

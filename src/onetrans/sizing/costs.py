@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onetrans.bench.arrivals import Trace
 from onetrans.bench.run import quiet_collector
 from onetrans.errors import ConfigError
 from onetrans.features.random_requests import random_request
 from onetrans.features.requests import Request
 from onetrans.runtime.manifest import Windows
 from onetrans.runtime.ranker import Ranker
+from onetrans.sizing.arrivals import Trace
 
 RANKS = (10, 30, 50, 70, 90)  # percentiles of the trace's lengths
 CANDIDATES = 100

@@ -9,7 +9,7 @@ import numpy as np
 from onetrans.features.columns import Columns
 from onetrans.features.logs import Events, Impressions, Logs
 from onetrans.features.schema import Feature, FeatureSchema
-from onetrans.features.synthetic_world import Floats, Ints, World
+from onetrans.features.synthetic.world import Floats, Ints, World
 
 BEHAVIOURS = ("purchase", "cart", "click")
 PURCHASE, CART, CLICK = range(3)

@@ -12,13 +12,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onetrans.bench.arrivals import Arrivals, Trace
-from onetrans.bench.costs import Costs
 from onetrans.errors import ConfigError
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.cache.lookup import Held, Kind, Policy, look_up
 from onetrans.runtime.cache.state_cache import StateCache
 from onetrans.runtime.manifest import Manifest
+from onetrans.sizing.arrivals import Arrivals, Trace
+from onetrans.sizing.costs import Costs
 
 PLANNED: tuple[Kind, ...] = ("reuse", "append", "prefill")
 REQUESTS = 50_000  # shares are then good to about half a percentage point

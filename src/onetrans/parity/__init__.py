@@ -1,0 +1,1 @@
+"""Parity: cases, the bound, comparison and verify. Needs no torch."""

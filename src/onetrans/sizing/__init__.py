@@ -1,0 +1,1 @@
+"""Sizing: the capacity plan, from arrivals of returning users and measured costs."""
