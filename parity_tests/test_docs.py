@@ -1,4 +1,4 @@
-"""The README and the pages in docs: links lead somewhere, what is named exists, and snippets and commands run as typed."""
+"""README and docs: links lead somewhere, what is named exists, and snippets and commands run as typed."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def stack_config(config: ModelConfig) -> StackConfig:
 
 
 class OneTrans(nn.Module):
-    """The whole model; its `forward` is the only definition that training, reference, prefill, append and decode share."""
+    """The whole model; training, reference, prefill, append and decode share its one `forward`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
