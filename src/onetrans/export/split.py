@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.passes.partial_product import split_partial_products
 from onetrans.export.program import Program
 from onetrans.export.scope import HeldBack, NodeScope, analyse, held_back, is_size, state_name
-from onetrans.export.subgraph import subgraph, tensor_spec
-from onetrans.features.encode import TensorSpec
+from onetrans.export.subgraph import subgraph
+from onetrans.spec import ROLES, Role, State, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -87,16 +88,16 @@ def split(program: Program) -> Split:
     cut = find_cut(whole, scopes)
     if not cut:
         raise ExportError("no user-scope value reaches the scores; check the scopes of the declared inputs")
-    names = {node: state_name(node) for node in cut}
-    prefill = subgraph(whole, wanted=cut, outputs=tuple(names.values()), given={})
-    decode = subgraph(whole, wanted=whole.results(), outputs=whole.outputs, given=names)
+    state = {node: _state_spec(whole, node) for node in cut}
+    prefill = subgraph(whole, wanted=state)
+    decode = subgraph(whole, wanted=dict(zip(whole.results(), whole.outputs, strict=True)), given=state)
     nodes = dict.fromkeys(("constant", "user", "candidate"), 0)
     for node in whole.module.graph.nodes:
         if node.op in ("call_function", "get_attr") and not is_size(node):
             nodes[scopes[node]] += 1
     report = SplitReport(
         nodes=nodes,
-        cut=tuple(tensor_spec(whole, node, name) for node, name in names.items()),
+        cut=tuple(state.values()),
         dead=done["dead_code"],
         dead_weights=done["dead_weight"],
         folded=done["constant_folding"],
@@ -106,19 +107,33 @@ def split(program: Program) -> Split:
     return Split(whole=whole, prefill=prefill, decode=decode, report=report)
 
 
-def extract(program: Program, names: tuple[str, ...]) -> Program:
-    """The user-scope graph that computes the named state values of a program, as in an append.
+def extract(program: Program, state: Sequence[TensorSpec]) -> Program:
+    """The user-scope graph that computes a state in another program, as in an append.
 
     Raises:
-        ExportError: A name is not a user-scope value of the program.
+        ExportError: The program does not compute one of the state's tensors.
     """
     whole, _ = prepare(program)
     scopes = analyse(whole)
-    by_name = {state_name(node): node for node in whole.module.graph.nodes if scopes[node] == "user"}
-    missing = [name for name in names if name not in by_name]
+    made: dict[tuple[Role, int | str], fx.Node] = {}
+    for node in whole.module.graph.nodes:
+        if scopes[node] == "user" and not is_size(node) and isinstance(node.meta.get("val"), torch.Tensor):
+            made[identity(node)] = node
+    missing = [spec.name for spec in state if spec.identity not in made]
     if missing:
         raise ExportError(f"the append graph does not compute {', '.join(missing)}, which decode reads")
-    return subgraph(whole, wanted=[by_name[name] for name in names], outputs=names, given={})
+    found = [made[spec.identity] for spec in state]
+    return subgraph(whole, wanted={node: _state_spec(whole, node) for node in found})
+
+
+def identity(node: fx.Node) -> tuple[Role, int | str]:
+    """Which tensor of the state a user-scope value would be: `TensorSpec.identity`."""
+    state: State = node.meta.get("state", State(role="other"))
+    return (state.role, state_name(node) if state.layer is None else state.layer)
+
+
+def _state_spec(program: Program, node: fx.Node) -> TensorSpec:
+    return program.spec(node, state_name(node), "user", node.meta.get("state", State(role="other")))
 
 
 def find_cut(program: Program, scopes: dict[fx.Node, NodeScope]) -> list[fx.Node]:
@@ -148,8 +163,10 @@ def _erase_names(program: Program) -> Program:
     graph = program.module.graph
     for node in list(graph.nodes):
         if node.op == "call_function" and str(node.target) == STATE_VALUE:
-            source, name = node.args
+            source, name, role, layer, capacity = node.args
             source.meta["state_name"] = name
+            if role in ROLES:
+                source.meta["state"] = State(role=role, layer=layer, capacity=capacity)
             node.replace_all_uses_with(source)
             graph.erase_node(node)
     program.module.recompile()

@@ -30,9 +30,7 @@ def stack_config(config: ModelConfig) -> StackConfig:
         norm_gain=config.norm_gain,
         output_projection=config.output_projection,
         eps=config.eps,
-        keep=config.keep,
-        max_history=config.max_history,
-        append_chunk=config.append_chunk,
+        pyramid=config.pyramid,
     )
 
 

@@ -48,7 +48,7 @@ def keep_rows(program: Program) -> tuple[Program, tuple[str, ...]]:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                 node.meta["val"] = node.target(*args, **kwargs)
     changed = dataclasses.replace(program, module=fx.GraphModule(program.module, graph))
-    return remove_dead_code(changed)[0], tuple(gone)
+    return remove_dead_code(changed)[0].specified(), tuple(gone)
 
 
 def selected_from(node: fx.Node) -> fx.Node | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-from onetrans.runtime.manifest import Windows
+from onetrans.features.windows import Pyramid
 
 Kind = Literal["reuse", "append", "prefill", "stale"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -51,13 +51,13 @@ class Policy:
     """What a bundle and its user allow.
 
     Attributes:
-        windows: The bundle's.
+        pyramid: The bundle's windows.
         appends: Whether the bundle has an append graph; an intent-ordered merge never has one.
         reuse: `exact`, or `stale` to carry a state across anchors.
         stale_crossings: Anchors that a state is carried across before it is prefilled again.
     """
 
-    windows: Windows
+    pyramid: Pyramid
     appends: bool
     reuse: Reuse = "exact"
     stale_crossings: int = STALE_CROSSINGS
@@ -97,7 +97,7 @@ def look_up(policy: Policy, held: Held | None, history: HistoryHash, context: by
     their hash. It is exact as long as no layer's keys start elsewhere (`onetrans.features.windows`). Another profile or
     context leaves the windows valid: what depends on it is made anew by an append of no events.
     """
-    layers = len(policy.windows.keep)
+    layers = policy.pyramid.layers
     prefix, whole = history.digests(min(held.tokens, history.tokens) if held else 0)
     prefill = Lookup(
         kind="prefill",
@@ -115,13 +115,13 @@ def look_up(policy: Policy, held: Held | None, history: HistoryHash, context: by
     recompute = fresh > 0 or held.context != context
     if recompute and not (policy.appends and held.tokens):
         return prefill
-    exact = fresh == 0 or policy.windows.can_append(held.tokens, history.tokens)
-    chunk = policy.windows.append_chunk
+    exact = fresh == 0 or policy.pyramid.can_append(held.tokens, history.tokens)
+    chunk = policy.pyramid.chunk
     crossed = 0 if exact else history.tokens // chunk - held.tokens // chunk
     crossings = held.crossings + crossed
     if crossings and (policy.reuse != "stale" or crossings > policy.stale_crossings):
         return prefill
-    before, after = (policy.windows.starts(n) for n in (held.tokens, history.tokens))
+    before, after = (policy.pyramid.key_starts(n) for n in (held.tokens, history.tokens))
     if crossed and any(start >= held.tokens for start in after):  # a layer would keep nothing
         return prefill
     return Lookup(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onetrans.errors import ConfigError, JobError
+from onetrans.precision import BY_NAME
 from onetrans.runtime.cache.lookup import Held
 from onetrans.runtime.cache.state_cache import Key
 from onetrans.runtime.manifest import Manifest
@@ -69,12 +70,12 @@ class SpillFile:
         self._places: dict[str, _Place] = {}
         offset = 0
         for tensor in manifest.state:
-            used = np.dtype(tensor.spec.dtype)
+            used = BY_NAME[tensor.dtype].numpy
             half = precision == "float16" and used.kind == "f"
             stored = np.dtype(np.float16) if half else used
-            window = tensor.window is not None
+            window = tensor.is_window
             shape = tensor.shape_per_user
-            self._places[tensor.spec.name] = _Place(offset, stored, used, shape[1:] if window else shape, window)
+            self._places[tensor.name] = _Place(offset, stored, used, shape[1:] if window else shape, window)
             offset += int(np.prod(shape)) * stored.itemsize
         self.bytes_per_user = offset
         self.slots = size // offset
