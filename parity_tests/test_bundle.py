@@ -138,8 +138,8 @@ def test_schema_version(bundle: Path, version: object, expected: str) -> None:
         (b"[" * 200_000, "is not JSON"),
         (b"[]", "does not describe a OneTrans bundle"),
         (b'{"format": "other"}', "its format must be 'onetrans-bundle'"),
-        (b'{"format": "onetrans-bundle", "schema_version": 1}', "was changed since it was written"),
-        (b'{"format": "onetrans-bundle", "schema_version": 1, "name": "\\ud800"}', "was changed since it was written"),
+        (b'{"format": "onetrans-bundle", "schema_version": 2}', "was changed since it was written"),
+        (b'{"format": "onetrans-bundle", "schema_version": 2, "name": "\\ud800"}', "was changed since it was written"),
     ],
     ids=["empty", "cut", "not-utf8", "deep", "list", "foreign", "bare", "lone-surrogate"],
 )
@@ -176,7 +176,18 @@ def test_every_field_is_checked_even_under_a_fresh_digest(bundle: Path) -> None:
         if field != "digest":
             refusal(bundle)
         (bundle / "manifest.json").write_bytes(original)
-    free = {"name", "device", "weights_sha256", "created", "split", "parity", "tools", "digest", "schema_version"}
+    free = {
+        "name",
+        "family",
+        "device",
+        "weights_sha256",
+        "created",
+        "split",
+        "parity",
+        "tools",
+        "digest",
+        "schema_version",
+    }
     assert {field for field, _ in accepted} <= free
 
 

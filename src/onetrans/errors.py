@@ -59,7 +59,7 @@ class ParityError(JobError):
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
-    """The one wording for a name that is not known, as `unknown target 'onx'; did you mean 'onnx'? allowed: onnx`."""
+    """The one wording for a name that is not known, as `unknown preset 'tini'; did you mean 'tiny'? allowed: tiny`."""
     listed = list(allowed)
     close = difflib.get_close_matches(name, listed, n=1)
     meant = f"; did you mean {close[0]!r}?" if close else ";"

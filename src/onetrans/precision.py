@@ -25,7 +25,7 @@ class Precision:
     """One dtype.
 
     Attributes:
-        name: As torch, ONNX and the manifest call it: `bfloat16`.
+        name: As torch and the manifest call it: `bfloat16`.
         short: As the command line calls it: `bf16`; empty for what no model can be exported in.
         nbytes: Bytes of a value.
         ulp: Spacing of the numbers from 1 to 2; 0 where values are exact.

@@ -33,8 +33,8 @@ class _Recorder(fx.Interpreter):
 def probe_split(split: Split, users: tuple[Values, Values], candidates: tuple[Values, Values]) -> None:
     """Checks a split on the whole captured graph.
 
-    Other candidates must leave every state tensor bit-equal, another user must change it (tensors of one constant value
-    aside, such as lengths of equal histories), and prefill then decode must give what the whole graph gives.
+    Other candidates must leave every state tensor bit-equal, another user must change it (tensors of one whole number
+    aside, such as a length that no history changes), and prefill then decode must give what the whole graph gives.
 
     Args:
         split: What to check.
@@ -66,8 +66,8 @@ def probe_split(split: Split, users: tuple[Values, Values], candidates: tuple[Va
 
 
 def _is_constant(value: torch.Tensor) -> bool:
-    """Whether all elements are the same, as lengths that no history changes."""
-    return value.numel() > 0 and bool((value == value.flatten()[0]).all())
+    """Whether a value is one whole number throughout, as a length that no history changes."""
+    return not value.is_floating_point() and value.numel() > 0 and bool((value == value.flatten()[0]).all())
 
 
 def _run_whole(split: Split, inputs: Values) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
