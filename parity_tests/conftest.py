@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,17 @@ if TYPE_CHECKING:
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 MAIN = (sys.executable, "-m", "onetrans.cli.main")
+UNMARKED_SECONDS = 20  # of CPU, which is ten seconds of the two cores that `make check` counts on
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Fails a test that takes long and does not say so. CPU seconds: a busy machine makes no test slow."""
+    before = sum(os.times()[:4])  # children's too, once they have been waited for
+    yield
+    taken = sum(os.times()[:4]) - before
+    if taken > UNMARKED_SECONDS and not item.get_closest_marker("slow"):
+        pytest.fail(f"took {taken:.0f} s of CPU; mark it slow or make it cheaper (limit {UNMARKED_SECONDS} s)")
 
 
 def trained_like(model: OneTrans, seed: int) -> OneTrans:
