@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from onetrans.model.presets import preset
 from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
+from parity_tests.configs import VARIANTS, small_config
 
 if TYPE_CHECKING:
     from parity_tests.states import Reference
@@ -80,6 +82,28 @@ def tiny_bundle(tiny_model: OneTrans, tmp_path_factory: pytest.TempPathFactory) 
     """Not to be changed: take `bundle`, a copy."""
     folder = tmp_path_factory.mktemp("session") / "bundle"
     export(tiny_model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_layer_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For exports that are stopped: as large as tiny's, for its tables, and exported in half the time."""
+    folder = tmp_path_factory.mktemp("session") / "checkpoint"
+    save_checkpoint(random_model(dataclasses.replace(preset("tiny"), layers=1), 0), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def intent_model() -> OneTrans:
+    """A small model whose history is ordered by intent, so that nothing can be appended. Not to be changed."""
+    return trained_like(random_model(small_config(**VARIANTS["intent"]), 0), 0)
+
+
+@pytest.fixture(scope="session")
+def intent_bundle(intent_model: OneTrans, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    folder = tmp_path_factory.mktemp("session") / "intent"
+    export(intent_model, folder)
     return folder
 
 
