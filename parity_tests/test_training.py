@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from onetrans.cli.train import train_command
 from onetrans.errors import CheckpointError, ConfigError, DataError, JobError, MissingDependencyError, OutputExistsError
-from onetrans.features.logs import Events, Logs, read_logs
+from onetrans.features.logs import Logs, read_logs
 from onetrans.features.schema import Feature
 from onetrans.features.synthetic.logs import log_schema
 from onetrans.model.checkpoint import load_checkpoint, random_model, weights_hash
@@ -410,12 +410,12 @@ def train_tiny(folder: Path, *, history: bool) -> tuple[TrainResult, float]:
     logs = SyntheticConfig().logs(model)
     if not history:
         events = logs.events
-        features = {name: column[:0] for name, column in events.features.items()}
-        none = Events(
+        none = dataclasses.replace(
+            events,
             user_id=events.user_id[:0],
             timestamp=events.timestamp[:0],
             behaviour=events.behaviour[:0],
-            features=features,
+            features={name: column[:0] for name, column in events.features.items()},
         )
         logs = dataclasses.replace(logs, events=none)
     began = time.process_time()
