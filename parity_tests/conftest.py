@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +29,24 @@ from onetrans.model.presets import preset
 from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
+from parity_tests.configs import VARIANTS, small_config
 
 if TYPE_CHECKING:
     from parity_tests.states import Reference
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 MAIN = (sys.executable, "-m", "onetrans.cli.main")
+UNMARKED_SECONDS = 20  # of CPU, which is ten seconds of the two cores that `make check` counts on
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Fails a test that takes long and does not say so. CPU seconds: a busy machine makes no test slow."""
+    before = sum(os.times()[:4])  # children's too, once they have been waited for
+    yield
+    taken = sum(os.times()[:4]) - before
+    if taken > UNMARKED_SECONDS and not item.get_closest_marker("slow"):
+        pytest.fail(f"took {taken:.0f} s of CPU; mark it slow or make it cheaper (limit {UNMARKED_SECONDS} s)")
 
 
 def trained_like(model: OneTrans, seed: int) -> OneTrans:
@@ -68,6 +82,28 @@ def tiny_bundle(tiny_model: OneTrans, tmp_path_factory: pytest.TempPathFactory) 
     """Not to be changed: take `bundle`, a copy."""
     folder = tmp_path_factory.mktemp("session") / "bundle"
     export(tiny_model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_layer_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For exports that are stopped: as large as tiny's, for its tables, and exported in half the time."""
+    folder = tmp_path_factory.mktemp("session") / "checkpoint"
+    save_checkpoint(random_model(dataclasses.replace(preset("tiny"), layers=1), 0), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def intent_model() -> OneTrans:
+    """A small model whose history is ordered by intent, so that nothing can be appended. Not to be changed."""
+    return trained_like(random_model(small_config(**VARIANTS["intent"]), 0), 0)
+
+
+@pytest.fixture(scope="session")
+def intent_bundle(intent_model: OneTrans, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    folder = tmp_path_factory.mktemp("session") / "intent"
+    export(intent_model, folder)
     return folder
 
 

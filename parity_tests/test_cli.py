@@ -138,6 +138,7 @@ def test_verify_fails_where_nothing_was_compared(run_here: Command, bundle: Path
     assert "carries no cases.safetensors; export it again" in error_line(run_here("verify", bundle), 2)
 
 
+@pytest.mark.slow
 def test_verify_against_a_checkpoint(
     run_here: Command, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

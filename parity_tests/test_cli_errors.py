@@ -241,9 +241,9 @@ def test_a_damaged_bundle_is_one_line_in_every_command(run_cli: Command, bundle:
     ids=["ctrl-c", "terminated"],
 )
 def test_a_stopped_export_leaves_nothing(
-    tiny_checkpoint: Path, tmp_path: Path, sent: signal.Signals, status: int, last: str | None
+    one_layer_checkpoint: Path, tmp_path: Path, sent: signal.Signals, status: int, last: str | None
 ) -> None:
-    command = [*MAIN, "export", "--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "new" / "out")]
+    command = [*MAIN, "export", "--checkpoint", str(one_layer_checkpoint), "--output", str(tmp_path / "new" / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         first = [process.stderr.readline(), process.stderr.readline()]

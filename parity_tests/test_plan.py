@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 
 from onetrans.errors import ConfigError
-from onetrans.export import export
-from onetrans.model.checkpoint import random_model
 from onetrans.runtime import Bundle, Ranker
 from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.cache.config import CacheConfig
@@ -25,7 +23,6 @@ from onetrans.runtime.manifest import Manifest
 from onetrans.sizing.arrivals import Arrivals, Trace
 from onetrans.sizing.costs import STATES, Costs, measure
 from onetrans.sizing.plan import Replay, make_plan, replay
-from parity_tests.configs import VARIANTS, small_config
 from parity_tests.conftest import Command, error_line, request_of
 
 FEW = Arrivals(
@@ -39,13 +36,6 @@ GIVEN = ("--prefill-ms", 12, "--append-ms", 3, "--decode-ms", 20)
 @pytest.fixture(scope="module")
 def manifest(tiny_bundle: Path) -> Manifest:
     return Bundle.open(tiny_bundle).manifest
-
-
-@pytest.fixture(scope="module")
-def intent_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("intent") / "bundle"
-    export(random_model(small_config(**VARIANTS["intent"]), 0), folder)
-    return folder
 
 
 def states(manifest: Manifest, slots: int, **options: Any) -> CacheConfig:
@@ -82,7 +72,16 @@ def rank_all(bundle: Path, trace: Trace, config: CacheConfig) -> tuple[Ranker, l
 
 
 @pytest.mark.parametrize(
-    ("slots", "ttl"), [(2, None), (8, None), (12, None), (16, None), (12, 100.0), (40, 400.0)], ids=str
+    ("slots", "ttl"),
+    [
+        (2, None),
+        (8, None),
+        (12, None),
+        pytest.param(16, None, marks=pytest.mark.slow),
+        pytest.param(12, 100.0, marks=pytest.mark.slow),
+        (40, 400.0),
+    ],
+    ids=str,
 )
 def test_lookups_are_those_of_a_real_ranker(
     tiny_bundle: Path, manifest: Manifest, slots: int, ttl: float | None

@@ -115,6 +115,7 @@ for program in programs_of(OneTrans(config).to(torch.bfloat16)).by_name.values()
 """
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_the_kernels_of_whole_programs_and_what_they_write():
     """An argument taken for written would be copied around every launch."""
     lines = run(WHOLE_PROGRAM)

@@ -113,7 +113,10 @@ class Lowered:
         return self.run("ours", "decode", given, pool, where, state)
 
 
-@pytest.fixture(scope="module", params=[(name, dtype) for name in MODELS for dtype in (torch.bfloat16, torch.float16)])
+LOWERED = [(name, dtype) for name in MODELS for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.fixture(scope="module", params=[LOWERED[0], *(pytest.param(x, marks=pytest.mark.slow) for x in LOWERED[1:])])
 def lowered(request):
     return Lowered(*request.param)
 
@@ -153,6 +156,7 @@ def outside_kernels(program):
     return sorted(name for name in named if not name.startswith(views))
 
 
+@pytest.mark.slow
 def test_what_a_graph_computes_outside_its_kernels_does_not_grow_with_its_layers():
     def left(layers, keep):
         torch.manual_seed(0)
@@ -203,6 +207,7 @@ def double(lowered, given):
         return model(names["user"], names["candidate"])
 
 
+@pytest.mark.slow
 def test_a_candidates_score_is_its_own_in_any_company(half):
     everything = half.score(0, 1, 2)
     for user in range(3):
@@ -223,6 +228,7 @@ def assert_same_pools(one, other):
         assert torch.equal(torch.isnan(slab), torch.isnan(other[name])), f"{name}: other rows were written"
 
 
+@pytest.mark.slow
 def test_a_state_that_was_appended_to_is_bitwise_a_fresh_one(half):
     """Within a chunk of 8, out of slabs full of NaN; and so are the scores after it, and after no change at all."""
     where = {"slots": torch.tensor([2], device=DEVICE)}
