@@ -12,6 +12,7 @@ from rich.table import Table
 
 from onetrans import __version__
 from onetrans.cli.console import print_json, print_table
+from onetrans.cli.options import Verb, json_option
 
 PACKAGES = (
     "numpy",
@@ -34,10 +35,13 @@ ALTERNATIVES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
 EXTRAS = {"serve an onnx bundle": "serve", "read and write Parquet logs": "serve"}
 
 
-@click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.command("doctor", cls=Verb, examples=("onetrans doctor",))
+@json_option
 def doctor_command(as_json: bool) -> None:
-    """Say what this machine can run, and what to install for the rest."""
+    """Say what this machine can run.
+
+    Where something is missing, the command that installs it is shown.
+    """
     versions = {package: _version(package) for package in PACKAGES}
     abilities = {}
     for ability, packages in NEEDS.items():
@@ -56,7 +60,7 @@ def doctor_command(as_json: bool) -> None:
         print_json(found)
         return
     table = Table(title=f"onetrans-export {__version__}, Python {platform.python_version()}, {found['machine']}")
-    table.add_column("what")
+    table.add_column("part")
     table.add_column("state")
     for package, version in versions.items():
         table.add_row(package, version or "[dim]not installed[/]")
@@ -75,7 +79,7 @@ def _version(package: str) -> str | None:
 
 
 def cuda_devices() -> int | None:
-    """Number of CUDA devices, asked of the driver itself; None where there is no driver."""
+    """Asks the driver itself for the number of CUDA devices; None where there is no driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -11,26 +11,44 @@ from rich.progress import track
 from rich.table import Table
 
 from onetrans.cli.cache import cache_options
-from onetrans.cli.console import print_json, print_table, stderr
+from onetrans.cli.console import bundle_json, print_json, print_table, stderr
+from onetrans.cli.options import FROM_1, Verb, bundle_argument, file_option, json_option, threads_option
 from onetrans.errors import DataError, OutputExistsError
 from onetrans.features.requests import Request, read_requests
 from onetrans.files import write_new_text
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker, Scores
 
-POSITIVE = click.IntRange(min=1)
 
-
-@click.command("score")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--input", "source", required=True, type=click.Path(path_type=Path), help="Requests: a JSON file or a log folder."
+@click.command(
+    "score",
+    cls=Verb,
+    examples=(
+        "onetrans score bundle --input requests.json --top 5",
+        "onetrans score bundle --input logs --limit 100 --output scores.json",
+    ),
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Write the scores to this new JSON file.")
-@click.option("--top", type=POSITIVE, default=10, show_default=True, help="Candidates shown per request in the table.")
-@click.option("--limit", type=POSITIVE, help="Score only the first requests.")
-@click.option("--threads", type=POSITIVE, help="Of the backend.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@bundle_argument
+@click.option(
+    "--input",
+    "source",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The requests: a JSON file, or a folder of Parquet logs.",
+)
+@file_option("--output", show_default="none", help="The JSON file to write the scores to; it must not exist yet.")
+@click.option(
+    "--top",
+    type=FROM_1,
+    default=10,
+    show_default=True,
+    help="The number of candidates that the table of a request shows.",
+)
+@click.option(
+    "--limit", type=FROM_1, show_default="all", help="The number of requests to score, from the first one on."
+)
+@threads_option
+@json_option
 @cache_options
 def score_command(
     bundle: Path,
@@ -42,7 +60,11 @@ def score_command(
     as_json: bool,
     cache: CacheConfig | None,
 ) -> None:
-    """Score requests from JSON or Parquet with a bundle."""
+    """Score requests with a bundle.
+
+    BUNDLE is a folder that `onetrans export` wrote. With --state-memory the states of users are kept, so that a user
+    who comes again is not prefilled again.
+    """
     if output is not None and (output.exists() or output.is_symlink()):  # before the work, and again after it
         raise OutputExistsError(f"{output} exists already; name another path or remove it")
     ranker = Ranker.open(bundle, threads=threads, cache=cache)
@@ -56,7 +78,7 @@ def score_command(
         except DataError as error:
             raise DataError(f"{source}, request {request.request or index}: {error}") from error
         scored.append((request, scores))
-    result = {"bundle": str(bundle), "model": ranker.bundle.manifest.name, "requests": [_plain(*s) for s in scored]}
+    result = {"bundle": bundle_json(ranker.bundle), "requests": [_plain(*s) for s in scored]}
     if output is not None:
         write_new_text(output, json.dumps(result) + "\n")
     if as_json:
@@ -81,9 +103,12 @@ def _plain(request: Request, scores: Scores) -> dict[str, Any]:
 
 def _table(request: Request, scores: Scores, index: int, top: int) -> Table:
     probabilities = scores.probabilities()
-    table = Table(title=f"request {request.request or index}", title_justify="left")
+    table = Table(title=f"request {request.request or index}", title_justify="left", caption_justify="left")
     for column in ("rank", "candidate", *probabilities):
         table.add_column(column, justify="right")
     for rank, candidate in enumerate(scores.ranking()[:top], start=1):
         table.add_row(str(rank), str(candidate), *(f"{values[candidate]:.4f}" for values in probabilities.values()))
+    count = len(scores.ranking())
+    if count > top:
+        table.caption = f"{top} of {count} candidates; --top {count} shows all"
     return table
