@@ -12,6 +12,7 @@ from rich.table import Table
 from onetrans.cli.console import bundle_json, print_json, print_table, stderr
 from onetrans.cli.options import Verb, bundle_argument, file_option, json_option
 from onetrans.cli.picture import draw_split
+from onetrans.cli.view import chunk, state_rows
 from onetrans.errors import ConfigError, OutputExistsError
 from onetrans.files import replace_text
 from onetrans.runtime.bundle import Bundle
@@ -80,21 +81,20 @@ def _cut(manifest: Manifest) -> Table:
     table = Table(title=f"the cut: state, at most {total} bytes per user", title_justify="left")
     for column in ("tensor", "dtype", "shape", "tokens at most", "bytes per user"):
         table.add_column(column, justify="left" if column in ("tensor", "dtype", "shape") else "right")
-    for tensor in manifest.state:
-        shape = "[" + ", ".join(str(dim) for dim in tensor.spec.dims) + "]"
-        tokens = str(tensor.capacity) if tensor.window is not None else "–"
-        table.add_row(tensor.spec.name, tensor.spec.dtype, escape(shape), tokens, f"{tensor.bytes_per_user:,}")
+    for row in state_rows(manifest):
+        tokens = "–" if row.layer is None else str(row.capacity)
+        table.add_row(row.name, row.dtype, escape(row.dims), tokens, f"{row.nbytes:,}")
     return table
 
 
 def _notes(manifest: Manifest) -> list[str]:
     split = manifest.split
     dead, weights = split["dead"], split["dead_weights"]
-    chunk = manifest.windows.append_chunk
-    why = f"its {manifest.merge} merge" if manifest.merge != "time" else f"append_chunk {chunk}"
+    events = chunk(manifest)
+    why = f"its {manifest.merge} merge" if manifest.merge != "time" else f"windows that move with every {events} events"
     notes = [
-        f"append: exact until a history crosses a multiple of {chunk} events"
-        if manifest.append_only
+        f"append: exact until a history crosses a multiple of {events} events"
+        if "append" in manifest.graphs
         else f"append: never exact with {why}; states are reused as they are or prefilled",
         f"removed: {len(dead)} computations that feed nothing"
         + (f", and the weights {', '.join(weights)}" if weights else ""),
