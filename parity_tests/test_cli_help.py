@@ -1,4 +1,7 @@
-"""What the command line says of itself: help in sentences, examples that parse, suggestions, completion."""
+"""What the command line says of itself: help in sentences, examples that parse, suggestions, completion.
+
+`python -m parity_tests.test_cli_help` writes the help texts into docs/cli.md.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from onetrans.cli.main import COMMANDS, EXAMPLES, cli
 from onetrans.cli.options import Choice, Verb
 from parity_tests.conftest import Command, error_line
 
+PAGE = Path(__file__).resolve().parents[1] / "docs/cli.md"
 NUMBERS = (click.IntRange, click.FloatRange, click.types.IntParamType, click.types.FloatParamType)
 
 
@@ -133,7 +137,7 @@ def test_the_first_example_runs_as_typed(
         (["verfy"], "No such command 'verfy'. Did you mean 'verify'?"),
         (["scores", "bundle"], "No such command 'scores'. Did you mean 'score'?"),
         (["frobnicate"], f"No such command 'frobnicate'. The commands are {', '.join(COMMANDS)}."),
-        (["score", "bundle", "--inputs", "x"], "Did you mean '--input'?"),
+        (["score", "bundle", "--threds", "2"], "Did you mean '--threads'?"),
         (["train", "--preset", "tinny", "--output", "x"], "Did you mean 'tiny'?"),
         (["export", "--preset", "onetrans-m", "--random-weights", "--output", "x"], "Did you mean 'onetrans-"),
         (["export", "--checkpoint", "x", "--target", "onxx", "--output", "x"], "Did you mean 'onnx'?"),
@@ -143,7 +147,7 @@ def test_the_first_example_runs_as_typed(
 )
 def test_a_misspelt_name_is_answered_with_the_nearest(run_here: Command, args: list[str], expected: str) -> None:
     line = error_line(run_here(*args), 2)
-    assert expected in line.replace("Did you mean --input?", "Did you mean '--input'?")  # as click before 8.4 has it
+    assert expected in line.replace("mean --threads?", "mean '--threads'?")  # as click before 8.4 has it
 
 
 def completions(run_cli: Command, *words: str) -> list[str]:
@@ -167,3 +171,26 @@ def test_the_completion_script(run_cli: Command, shell: str) -> None:
     assert "_ONETRANS_COMPLETE" in done.stdout
     assert "onetrans" in done.stdout
     assert done.returncode == 0, done.stderr
+
+
+def page_with_help_texts(page: str) -> str:
+    """The page, with the help text of each command at the end of its section."""
+    head, *sections = page.split("\n### ")
+    names = [section.partition("\n")[0] for section in sections]
+    assert names == list(COMMANDS)
+    for index, name in enumerate(names):
+        context = click.Context(
+            verb(name), info_name=f"onetrans {name}", terminal_width=80, help_option_names=["-h", "--help"]
+        )
+        told = sections[index].partition("```text\n")[0].rstrip()
+        sections[index] = f"{told}\n\n```text\n{verb(name).get_help(context)}\n```\n"
+    return "\n### ".join([head, *sections])
+
+
+def test_the_page_has_what_help_prints() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == page_with_help_texts(page), "write it anew: python -m parity_tests.test_cli_help"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with_help_texts(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
