@@ -86,6 +86,9 @@ def score_command(
     elif output is None:
         for index, (request, scores) in enumerate(scored):
             print_table(_table(request, scores, index, top))
+            count = len(scores.ranking())
+            if count > top:
+                click.echo(f"{top} of {count} candidates; --top {count} shows all")
 
 
 def _plain(request: Request, scores: Scores) -> dict[str, Any]:
@@ -103,12 +106,9 @@ def _plain(request: Request, scores: Scores) -> dict[str, Any]:
 
 def _table(request: Request, scores: Scores, index: int, top: int) -> Table:
     probabilities = scores.probabilities()
-    table = Table(title=f"request {request.request or index}", title_justify="left", caption_justify="left")
+    table = Table(title=f"request {request.request or index}", title_justify="left")
     for column in ("rank", "candidate", *probabilities):
         table.add_column(column, justify="right")
     for rank, candidate in enumerate(scores.ranking()[:top], start=1):
         table.add_row(str(rank), str(candidate), *(f"{values[candidate]:.4f}" for values in probabilities.values()))
-    count = len(scores.ranking())
-    if count > top:
-        table.caption = f"{top} of {count} candidates; --top {count} shows all"
     return table
