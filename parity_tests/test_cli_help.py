@@ -120,7 +120,7 @@ def test_the_groups_examples_parse_and_end_its_help(run_here: Command) -> None:
         assert_is_a_sentence(text)
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect", "score", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["verify", "inspect", "score", "doctor"])
 def test_the_first_example_runs_as_typed(
     run_here: Command,
     tiny_bundle: Path,
@@ -132,7 +132,7 @@ def test_the_first_example_runs_as_typed(
     (tmp_path / "bundle").symlink_to(tiny_bundle)
     monkeypatch.chdir(tmp_path)
     assert requests_file == tmp_path / "requests.json"
-    words = shlex.split(verb(command).examples[-1 if command == "plan" else 0])
+    words = shlex.split(verb(command).examples[0])
     done = run_here(*words[1:])
     assert done.returncode == 0, done.stderr
     assert done.stdout
