@@ -1,0 +1,3 @@
+"""The default pipeline: what every captured forward goes through before it is split."""
+
+DEFAULT: tuple[Pass, ...] = (DeadCode(), PartialProduct(), ConstantFolding(), StateNames())
