@@ -86,7 +86,7 @@ def launched(
         for U, C, L in sizes:
             inputs: dict[str, Any] = random_inputs(config, {"U": U, "C": C, "L": L}, seed=0)
             inputs["slots"] = torch.arange(U)
-            for layer, window in enumerate(config.window_bounds[: config.layers]):
+            for layer, window in enumerate(config.pyramid.capacities[: config.layers]):
                 for kind in "kv":
                     inputs[f"{kind}_state{layer}"] = torch.empty(U, window, config.heads, config.head_dim, dtype=dtype)
             for name in ("prefill", "append", "decode"):

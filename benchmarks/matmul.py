@@ -18,7 +18,7 @@ from benchmarks.reckoning import decode_pointwise_bytes, floor_seconds, prefill_
 from onetrans.bench.stats import median, median_ratio
 from onetrans.features.random_requests import random_request
 from onetrans.model.config import ModelConfig
-from onetrans.runtime.backends.base import StatePool
+from onetrans.runtime.backends.base import BackendOptions, StatePool
 from onetrans.runtime.ranker import Ranker
 
 CANDIDATES = 100
@@ -61,7 +61,7 @@ class Prepared:
 
 def prepare(context: Context, preset: str, *, candidates: int = CANDIDATES) -> Prepared:
     """Opens the preset's bundle and encodes a random request with a full history."""
-    ranker = Ranker.open(context.bundle(preset), threads=context.threads)
+    ranker = Ranker.open(context.bundle(preset), options=BackendOptions(threads=context.threads))
     manifest = ranker.bundle.manifest
     config = ModelConfig.from_json(manifest.model)
     rng = np.random.default_rng(SEED)

@@ -13,6 +13,7 @@ from onetrans.bench.record import make_record
 from onetrans.bench.run import REQUESTS, bench_ranker
 from onetrans.bench.stats import LEAST_SAMPLES, median, percentiles
 from onetrans.parity.verify import check, read_cases, verify
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.ranker import Ranker
 
 GIB = 2**30
@@ -63,7 +64,7 @@ def parity(context: Context) -> Measured:
     """The worst case's relative error, as the exporter recorded it and as measured again."""
     rows = []
     for preset in (context.small, context.large):
-        ranker = Ranker.open(context.bundle(preset), threads=context.threads)
+        ranker = Ranker.open(context.bundle(preset), options=BackendOptions(threads=context.threads))
         bundle = ranker.bundle
         context.progress(f"{preset}: comparing with gold")
         fresh = verify(bundle, ranker.backend, read_cases(bundle))
@@ -81,11 +82,11 @@ def latency(context: Context) -> Measured:
     rows, records = [], {}
     count = LEAST_SAMPLES if context.quick else REQUESTS
     for preset in (context.large, context.small):
-        ranker = Ranker.open(context.bundle(preset), threads=context.threads)
+        ranker = Ranker.open(context.bundle(preset), options=BackendOptions(threads=context.threads))
         manifest = ranker.bundle.manifest
         results = verify(ranker.bundle, ranker.backend, read_cases(ranker.bundle))
         check(results)
-        load = LoadConfig(events=manifest.windows.max_history, candidates=CANDIDATES)
+        load = LoadConfig(events=manifest.pyramid.max_history, candidates=CANDIDATES)
         context.progress(f"{preset}: {count} requests")
         samples = bench_ranker(ranker, random_requests(load, manifest), count=count)
         records[preset] = make_record(

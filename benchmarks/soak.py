@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.context import SEED, Context
 from benchmarks.measure import Measured, Row
 from onetrans.features.random_requests import first_events, random_request
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker
 
@@ -49,9 +50,11 @@ class _Traffic:
 def soak(context: Context) -> Measured:
     """100,000 mixed requests on tiny: wrong scores, memory in the second half, integrity while it runs."""
     path = context.bundle(context.small)
-    plain = Ranker.open(path, threads=1)
+    plain = Ranker.open(path, options=BackendOptions(threads=1))
     manifest = plain.bundle.manifest
-    cached = Ranker.open(path, threads=1, cache=CacheConfig(state_memory=CACHED * manifest.bytes_per_user))
+    cached = Ranker.open(
+        path, options=BackendOptions(threads=1), cache=CacheConfig(state_memory=CACHED * manifest.bytes_per_user)
+    )
     # Each side may be this far from gold, so they may be twice as far from each other.
     allowed = 2 * max(result["bound"] for result in manifest.parity["results"])
     rng = np.random.default_rng(SEED)

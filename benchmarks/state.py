@@ -23,7 +23,7 @@ from onetrans.features.encode import encode_candidates, encode_tokens, encode_us
 from onetrans.features.merge import merge_tokens, parse_history
 from onetrans.features.random_requests import first_events, random_request
 from onetrans.features.requests import Request
-from onetrans.runtime.backends.base import StatePool
+from onetrans.runtime.backends.base import BackendOptions, StatePool
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.cache.lookup import Held
 from onetrans.runtime.cache.spill import SpillFile, SpillPrecision
@@ -62,7 +62,7 @@ class OneUser:
 
     def prefill(self, slot: int, events: int) -> Callable[[], None]:
         """Computes the state of so many events, the encoding apart."""
-        inputs = self.inputs(self.ranker.bundle.manifest.windows.starts(events)[0], events)
+        inputs = self.inputs(self.ranker.bundle.manifest.pyramid.key_starts(events)[0], events)
         return lambda: self.ranker.backend.prefill(self.pool, [slot], inputs)
 
     def append(self, slot: int, before: int, after: int) -> Callable[[], None]:
@@ -84,7 +84,7 @@ class OneUser:
 
 def one_user(context: Context, preset: str, events: int, slots: int = 2) -> OneUser:
     """Opens the preset's bundle and makes a user."""
-    ranker = Ranker.open(context.bundle(preset), threads=context.threads)
+    ranker = Ranker.open(context.bundle(preset), options=BackendOptions(threads=context.threads))
     schema = ranker.bundle.manifest.schema
     request = random_request(schema, events=events, candidates=CANDIDATES, rng=np.random.default_rng(SEED))
     tokens = merge_tokens(schema, parse_history(schema, request.history), "time")
@@ -164,7 +164,7 @@ def append_growth(context: Context) -> Measured:
     A node counts as attention where one of its inputs or outputs has a layer's window as a size.
     """
     user = one_user(context, context.large, max(GROWTH) + FRESH)
-    windows = user.ranker.bundle.manifest.windows
+    windows = user.ranker.bundle.manifest.pyramid
     runs, attended, outside = {}, {}, {}
     for events in GROWTH:
         context.progress(f"{events} events")
@@ -220,11 +220,11 @@ def append_growth(context: Context) -> Measured:
 def returning(context: Context) -> Measured:
     """A returning user's request, append 4 and decode 100, against prefill and decode of the same request, in turn."""
     path = context.bundle(context.large)
-    plain = Ranker.open(path, threads=context.threads)
+    plain = Ranker.open(path, options=BackendOptions(threads=context.threads))
     manifest = plain.bundle.manifest
     memory = CacheConfig(state_memory=8 * manifest.bytes_per_user)
-    cached = Ranker.open(path, threads=context.threads, cache=memory)
-    chunk = manifest.windows.append_chunk
+    cached = Ranker.open(path, options=BackendOptions(threads=context.threads), cache=memory)
+    chunk = manifest.pyramid.chunk
     base = HISTORY - HISTORY % chunk + 1
     per_anchor = (chunk - 2) // APPENDED
     rng = np.random.default_rng(SEED)
@@ -314,7 +314,7 @@ def _tier_costs(user: OneUser, events: int, context: Context) -> tuple[dict[str,
     runs: dict[str, Callable[[], Any]] = {"prefill": user.prefill(1, events)}
     pool = user.pool
     grown = dataclasses.replace(user, pool=user.ranker.backend.allocate(1))
-    before = events - events % manifest.windows.append_chunk
+    before = events - events % manifest.pyramid.chunk
     grown.prefill(0, before)()
     for fresh in TIER_FRESH:
         runs[f"append {fresh}"] = grown.append(0, before, before + fresh)

@@ -24,9 +24,9 @@ from onetrans.export.config import ExportConfig
 from onetrans.export.inputs import capture_model
 from onetrans.export.split import prepare
 from onetrans.export.targets.onnx.target import lower
-from onetrans.features.encode import TensorSpec
 from onetrans.model.checkpoint import random_model
 from onetrans.model.presets import preset
+from onetrans.spec import TensorSpec
 
 
 def eager(asked: dict[str, Any]) -> None:

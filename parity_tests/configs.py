@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from onetrans.export.models.base import adapt
+from onetrans.export.programs import Programs, make_programs
 from onetrans.features.synthetic.logs import log_schema
 from onetrans.model.config import ModelConfig
 
 SCHEMA = log_schema(items=200, categories=20, tags=30, item_dim=8, category_dim=4, tag_dim=4, age_dim=4, hour_dim=4)
+
+
+def programs_of(model: Any) -> Programs:
+    """The programs of a model, within the default bounds."""
+    adapter = adapt(model)
+    return make_programs(adapter, adapter.bounds(max_users=64, max_candidates=2048))
 
 
 def small_config(**changes: Any) -> ModelConfig:

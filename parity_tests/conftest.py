@@ -24,6 +24,7 @@ from onetrans.features.schema import FeatureSchema
 from onetrans.model.checkpoint import random_model, save_checkpoint
 from onetrans.model.onetrans import OneTrans
 from onetrans.model.presets import preset
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
 
@@ -150,7 +151,7 @@ def as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def backend(tiny_bundle: Path) -> OnnxRuntimeCpu:
     """The tiny bundle's, with one thread."""
-    return OnnxRuntimeCpu(Bundle.open(tiny_bundle), threads=1)
+    return OnnxRuntimeCpu(Bundle.open(tiny_bundle), BackendOptions(threads=1))
 
 
 @pytest.fixture(scope="module")

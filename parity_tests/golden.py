@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from onetrans.features.windows import window_starts
+from onetrans.features.windows import Pyramid
 from onetrans.model.stack import Segment, Stack, StackConfig, layer_windows
 
 BOUND = 1e-10  # float64 round-off over a few layers, with four digits to spare
@@ -37,9 +37,7 @@ def load_stack(case: Mapping[str, np.ndarray]) -> Stack:
         norm_gain="shared",
         output_projection="mixed",
         eps=raw["eps"],
-        keep=tuple(raw["keep"]),
-        max_history=raw["max_history"],
-        append_chunk=raw["append_chunk"],
+        pyramid=Pyramid(keep=tuple(raw["keep"]), max_history=raw["max_history"], chunk=raw["append_chunk"]),
     )
     stack = Stack(config).double()
     for i, block in enumerate(stack.blocks):
@@ -65,7 +63,7 @@ def load_stack(case: Mapping[str, np.ndarray]) -> Stack:
 def run(stack: Stack, case: Mapping[str, np.ndarray], lengths: list[int]) -> tuple[torch.Tensor, list[list[Segment]]]:
     """One pass over all `lengths` as one ragged batch: outputs [U, C, L_NS, D], and states by user and layer."""
     c = stack.config
-    starts = [window_starts(n, max_history=c.max_history, keep=c.keep, chunk=c.append_chunk)[0] for n in lengths]
+    starts = [c.pyramid.starts(n)[0] for n in lengths]
     widest = max(1, *(n - s for n, s in zip(lengths, starts, strict=True)))
     s = torch.full((len(lengths), widest, c.d), 3.0, dtype=torch.float64)  # padding must not matter
     for u, (n, start) in enumerate(zip(lengths, starts, strict=True)):

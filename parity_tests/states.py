@@ -12,16 +12,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from onetrans.export.gold import run_model
+from onetrans.export.models.onetrans import run_model
 from onetrans.features.encode import encode_candidates, encode_tokens, encode_users
 from onetrans.features.merge import Merge, merge_tokens, parse_history
 from onetrans.features.requests import Request
 from onetrans.features.schema import FeatureSchema
-from onetrans.features.windows import window_starts
 from onetrans.model.onetrans import OneTrans
-from onetrans.parity.verify import FACTOR, FLOOR_ULP, ULP
+from onetrans.parity.bound import bound
 from onetrans.runtime import Ranker, Scores
-from onetrans.runtime.backends.base import Backend
+from onetrans.runtime.backends.base import Backend, BackendOptions
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
@@ -98,7 +97,7 @@ class Reference:
     """The model in one pass over the whole history, with no cache and no split: in float64, and as it is.
 
     A score may be FACTOR times further from float64 than the largest error of the plain float32 model, plus FLOOR_ULP
-    units in the last place of the request's largest logit: the formula of `onetrans.parity.verify`. The error of the
+    units in the last place of the request's largest logit: the formula of `onetrans.parity.bound`. The error of the
     plain model is taken over all requests so far, the first CALIBRATION of them random ones, since that of a single
     logit is zero by luck now and then.
     """
@@ -113,9 +112,7 @@ class Reference:
         """Logits in float64 [C]; the plain model's error is taken along."""
         config = self.model.config
         tokens = merge_tokens(config.schema, parse_history(config.schema, request.history), cast(Merge, config.merge))
-        start = window_starts(
-            len(tokens["behaviour"]), max_history=config.max_history, keep=config.keep, chunk=config.append_chunk
-        )[0]
+        start = config.pyramid.starts(len(tokens["behaviour"]))[0]
         inputs = {
             **encode_tokens(config.schema, [tokens], [start]),
             **encode_users(config.schema, [request.profile]),
@@ -128,7 +125,7 @@ class Reference:
 
     def bound(self, gold: Logits) -> float:
         largest = max(float(np.abs(value).max()) for value in gold.values())
-        return FACTOR * self.error + FLOOR_ULP * ULP["float32"] * largest
+        return bound(self.error, largest, "float32")
 
     def check(self, logits: Logits, gold: Logits) -> None:
         error, bound = difference(logits, gold), self.bound(gold)
@@ -150,8 +147,8 @@ class Watched(OnnxRuntimeCpu):
 
     ran: Callable[[str], None] = staticmethod(lambda graph: None)
 
-    def __init__(self, bundle: Bundle, **options: Any) -> None:
-        super().__init__(bundle, **options)
+    def __init__(self, bundle: Bundle, options: BackendOptions | None = None) -> None:
+        super().__init__(bundle, options)
         self._sessions = {name: _Session(self, name, session) for name, session in self._sessions.items()}
 
 

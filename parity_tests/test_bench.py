@@ -21,6 +21,7 @@ from onetrans.bench.stats import median, median_ratio, percentiles
 from onetrans.errors import ConfigError, DataError, JobError
 from onetrans.features.random_requests import first_events
 from onetrans.features.requests import write_requests
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.ranker import Ranker
 from parity_tests.conftest import error_line, request_of
 from parity_tests.records import short_record
@@ -32,7 +33,7 @@ COLD = ("encode", "prefill", "decode", "whole")  # what runs where nothing is ke
 
 @pytest.fixture(scope="module")
 def ranker(tiny_bundle: Path) -> Ranker:
-    return Ranker.open(tiny_bundle, threads=1)
+    return Ranker.open(tiny_bundle, options=BackendOptions(threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +260,10 @@ def test_no_speed_from_a_bundle_whose_parity_fails(run_cli: Cli, bundle: Path) -
 
     from parity_tests.conftest import rehash
 
-    gold = load_file(bundle / "gold.safetensors")
-    moved = ("/gold/", "/reference/")
+    gold = load_file(bundle / "cases.safetensors")
+    moved = ("/reference/", "/eager/")
     wrong = {n: v + v.dtype.type(0.5) if any(part in n for part in moved) else v for n, v in gold.items()}
-    save_file(wrong, bundle / "gold.safetensors")
+    save_file(wrong, bundle / "cases.safetensors")
     rehash(bundle)
     line = error_line(run_cli("bench", bundle, "--requests", 20, "--json"), 1)
     assert "parity cases failed" in line

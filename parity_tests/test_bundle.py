@@ -19,18 +19,19 @@ from onetrans.errors import BundleError
 from onetrans.model.onetrans import OneTrans
 from onetrans.model.presets import preset
 from onetrans.runtime import Bundle
-from onetrans.runtime.backends.registry import open_backend
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.manifest import Manifest
+from onetrans.runtime.targets import open_backend
 from onetrans.runtime.tensors import read_tensors
 from parity_tests.conftest import canonical, rehash
 
-FILES = ("append.onnx", "decode.onnx", "gold.safetensors", "manifest.json", "prefill.onnx", "weights.safetensors")
+FILES = ("append.onnx", "decode.onnx", "cases.safetensors", "manifest.json", "prefill.onnx", "weights.safetensors")
 GRAPHS = ("append.onnx", "decode.onnx", "prefill.onnx")
 
 
 def refusal(folder: Path) -> str:
     with pytest.raises(BundleError) as caught:
-        open_backend(Bundle.open(folder), threads=1)
+        open_backend(Bundle.open(folder), options=BackendOptions(threads=1))
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -112,8 +113,9 @@ def test_what_is_no_bundle(tmp_path: Path, bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "expected"),
     [
-        (2, "has schema version 2; this release reads up to 1: upgrade"),
-        (10**30, f"has schema version {10**30}; this release reads up to 1: upgrade"),
+        (1, "has schema version 1; this release reads version 2: export the bundle again"),
+        (3, "has schema version 3; this release reads version 2: upgrade"),
+        (10**30, f"has schema version {10**30}; this release reads version 2: upgrade"),
         (0, "has schema version 0; expected a whole number from 1"),
         (True, "has schema version True; expected"),
         (1.0, "has schema version 1.0; expected"),
@@ -136,8 +138,8 @@ def test_schema_version(bundle: Path, version: object, expected: str) -> None:
         (b"[" * 200_000, "is not JSON"),
         (b"[]", "does not describe a OneTrans bundle"),
         (b'{"format": "other"}', "its format must be 'onetrans-bundle'"),
-        (b'{"format": "onetrans-bundle", "schema_version": 1}', "was changed since it was written"),
-        (b'{"format": "onetrans-bundle", "schema_version": 1, "name": "\\ud800"}', "was changed since it was written"),
+        (b'{"format": "onetrans-bundle", "schema_version": 2}', "was changed since it was written"),
+        (b'{"format": "onetrans-bundle", "schema_version": 2, "name": "\\ud800"}', "was changed since it was written"),
     ],
     ids=["empty", "cut", "not-utf8", "deep", "list", "foreign", "bare", "lone-surrogate"],
 )
@@ -164,7 +166,7 @@ def test_every_field_is_checked_even_under_a_fresh_digest(bundle: Path) -> None:
         for value in (None, 3, "x", [], {}, [3], {"x": 3}):
             rehash(bundle, lambda body, field=field, value=value: body.update({field: value}))
             try:
-                open_backend(Bundle.open(bundle), threads=1)
+                open_backend(Bundle.open(bundle), options=BackendOptions(threads=1))
             except BundleError as error:
                 assert "\n" not in str(error)
             else:
@@ -174,7 +176,18 @@ def test_every_field_is_checked_even_under_a_fresh_digest(bundle: Path) -> None:
         if field != "digest":
             refusal(bundle)
         (bundle / "manifest.json").write_bytes(original)
-    free = {"name", "device", "weights_sha256", "created", "split", "parity", "tools", "digest", "schema_version"}
+    free = {
+        "name",
+        "family",
+        "device",
+        "weights_sha256",
+        "created",
+        "split",
+        "parity",
+        "tools",
+        "digest",
+        "schema_version",
+    }
     assert {field for field, _ in accepted} <= free
 
 
@@ -316,7 +329,7 @@ def test_weights_that_do_not_fit_the_graphs(bundle: Path, change: str) -> None:
 
 def test_unknown_target(bundle: Path) -> None:
     rehash(bundle, lambda body: body.update(target="abacus"))
-    assert "was made for target 'abacus'; this release runs onnx" in refusal(bundle)
+    assert "was made for target 'abacus'; this installation runs onnx" in refusal(bundle)
 
 
 def test_manifest_round_trip(tiny_bundle: Path) -> None:
@@ -336,17 +349,17 @@ def test_bytes_per_user_by_hand(tiny_bundle: Path, tiny_model: OneTrans) -> None
     assert tokens == sorted(tokens, reverse=True)
     keys_and_values = sum(2 * n * c.heads * c.head_dim * 4 for n in tokens)
     manifest = Bundle.open(tiny_bundle).manifest
-    by_name = {tensor.spec.name: tensor for tensor in manifest.state}
+    by_name = {tensor.name: tensor for tensor in manifest.state}
     assert sum(by_name[f"{kind}{i}"].bytes_per_user for kind in "kv" for i in range(c.layers)) == keys_and_values
     rest = {name: tensor for name, tensor in by_name.items() if not name[1:].isdigit()}
     sizes = {"float32": 4, "int64": 8}
-    by_hand = sum(int(np.prod([int(d) for d in t.spec.dims[1:]])) * sizes[t.spec.dtype] for t in rest.values())
+    by_hand = sum(int(np.prod([int(d) for d in t.dims[1:]])) * sizes[t.dtype] for t in rest.values())
     assert by_hand < keys_and_values / 100
     assert manifest.bytes_per_user == keys_and_values + by_hand
     assert json.loads(manifest.dumps())["bytes_per_user"] == manifest.bytes_per_user
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "gold.safetensors"])
+@pytest.mark.parametrize("name", ["weights.safetensors", "cases.safetensors"])
 def test_read_tensors_agrees_with_safetensors(tiny_bundle: Path, name: str) -> None:
     content = (tiny_bundle / name).read_bytes()
     expected, found = load(content), read_tensors(content, name)
@@ -422,6 +435,6 @@ def test_a_copy_opens_where_the_original_is_gone(bundle: Path, tmp_path: Path) -
     copied = Path(shutil.copytree(bundle, tmp_path / "elsewhere"))
     shutil.rmtree(bundle)
     opened = Bundle.open(copied)
-    open_backend(opened, threads=1)
+    open_backend(opened, options=BackendOptions(threads=1))
     assert opened.path == copied
     assert set(opened.contents) == set(opened.manifest.files)

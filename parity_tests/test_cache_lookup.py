@@ -12,15 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from onetrans.features.merge import merge_tokens, parse_history
+from onetrans.features.windows import Pyramid
 from onetrans.model.presets import preset
 from onetrans.runtime.cache.fingerprint import RunningHash, context_digest
 from onetrans.runtime.cache.lookup import Held, Lookup, Policy, look_up
-from onetrans.runtime.manifest import Windows
 from parity_tests.conftest import request_of
 
 SCHEMA = preset("tiny").schema
-WINDOWS = Windows(max_history=64, keep=(32, 4), append_chunk=64)
-EXACT = Policy(windows=WINDOWS, appends=True)
+WINDOWS = Pyramid(max_history=64, keep=(32, 4), chunk=64)
+EXACT = Policy(pyramid=WINDOWS, appends=True)
 STALE = dataclasses.replace(EXACT, reuse="stale", stale_crossings=2)
 INTENT = dataclasses.replace(EXACT, appends=False)
 Tokens = dict[str, np.ndarray]

@@ -122,18 +122,20 @@ def test_verify_fails_on_nan_and_its_json_stays_json(run_here: Command, bundle: 
 
 
 def test_verify_refuses_cases_that_are_not_all_there(run_here: Command, bundle: Path) -> None:
-    edit_tensors(bundle, "gold.safetensors", lambda t: {n: v for n, v in t.items() if not n.startswith("1/gold/")})
+    edit_tensors(
+        bundle, "cases.safetensors", lambda t: {n: v for n, v in t.items() if not n.startswith("1/reference/")}
+    )
     line = error_line(run_here("verify", bundle), 2)
     assert "does not hold the 9 cases stated" in line
 
 
 def test_verify_fails_where_nothing_was_compared(run_here: Command, bundle: Path) -> None:
-    edit_tensors(bundle, "gold.safetensors", lambda tensors: {})
+    edit_tensors(bundle, "cases.safetensors", lambda tensors: {})
     line = error_line(run_here("verify", bundle), 1)
     assert line == "nothing was compared: the bundle carries no parity case; export it again"
-    (bundle / "gold.safetensors").unlink()
-    rehash(bundle, lambda body: body["files"].pop("gold.safetensors"))
-    assert "carries no gold.safetensors; export it again" in error_line(run_here("verify", bundle), 2)
+    (bundle / "cases.safetensors").unlink()
+    rehash(bundle, lambda body: body["files"].pop("cases.safetensors"))
+    assert "carries no cases.safetensors; export it again" in error_line(run_here("verify", bundle), 2)
 
 
 def test_verify_against_a_checkpoint(
@@ -158,7 +160,7 @@ def test_inspect_shows_the_cut_and_draws_it(run_cli: Command, bundle: Path) -> N
     assert f"the cut: state, at most {manifest.bytes_per_user:,} bytes per user" in done.stdout
     lines = done.stdout.splitlines()
     for tensor in manifest.state:
-        assert any(tensor.spec.name in line and f"{tensor.bytes_per_user:,}" in line for line in lines), tensor
+        assert any(tensor.name in line and f"{tensor.bytes_per_user:,}" in line for line in lines), tensor
     for name in manifest.graphs:
         assert any(f" {name} " in line for line in lines), name
     picture = bundle.with_name("bundle.svg")

@@ -24,6 +24,7 @@ from onetrans.bench.record import write_json
 from onetrans.errors import DataError
 from onetrans.model.config import ModelConfig
 from onetrans.model.presets import preset
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.ranker import Ranker
 from parity_tests.conftest import request_of
 from parity_tests.records import short_record
@@ -31,7 +32,7 @@ from parity_tests.records import short_record
 
 @pytest.fixture(scope="module")
 def ranker(tiny_bundle: Path) -> Ranker:
-    return Ranker.open(tiny_bundle, threads=1)
+    return Ranker.open(tiny_bundle, options=BackendOptions(threads=1))
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onetrans.errors import DataError
-from onetrans.features.encode import TensorSpec, encode_candidates, encode_tokens, encode_users, input_specs
+from onetrans.features.encode import encode_candidates, encode_tokens, encode_users, input_specs
 from onetrans.features.merge import merge_tokens, parse_history
 from onetrans.features.schema import Feature, FeatureSchema
+from onetrans.spec import TensorSpec
 
 ITEM = Feature(name="item_id", kind="categorical", vocab=100, dim=4)
 TAGS = Feature(name="tags", kind="multi", vocab=20, dim=2, width=3)

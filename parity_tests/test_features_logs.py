@@ -19,7 +19,7 @@ from onetrans.features.merge import merge_tokens, parse_history
 from onetrans.features.requests import Request, read_requests, write_requests
 from onetrans.features.schema import Feature, FeatureSchema
 from onetrans.features.synthetic.logs import generate
-from onetrans.features.windows import window_starts
+from onetrans.features.windows import Pyramid
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -301,7 +301,8 @@ def test_batch_equals_the_same_requests_by_hand(logs: Logs, folder: Path, merge:
     batch = requests.encode(chosen)
     stated = read_requests(folder, logs.schema)
     tokens = [merge_tokens(logs.schema, parse_history(logs.schema, stated[r].history), merge) for r in chosen]
-    starts = [window_starts(len(t["behaviour"]), max_history=20, keep=(), chunk=chunk)[0] for t in tokens]
+    pyramid = Pyramid(max_history=20, keep=(20,), chunk=chunk)
+    starts = [pyramid.starts(len(t["behaviour"]))[0] for t in tokens]
     expected = encode_tokens(logs.schema, tokens, starts)
     expected |= encode_users(logs.schema, [stated[r].profile for r in chosen])
     candidates, counts = encode_candidates(logs.schema, [stated[r].candidates for r in chosen])

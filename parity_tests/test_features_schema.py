@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from onetrans.errors import ConfigError
 from onetrans.features.schema import Feature, FeatureSchema
 from onetrans.features.synthetic.logs import log_schema
-from onetrans.features.windows import can_append, window_bounds, window_starts
+from onetrans.features.windows import Pyramid
 
 
 def test_json_round_trip() -> None:
@@ -67,16 +68,31 @@ def test_schema_errors(change: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 @pytest.mark.parametrize("length", [0, 1, 63, 500, 1190])
 def test_window_keeps_at_most_its_bound(length: int, chunk: int) -> None:
-    keep = (300, 96, 12)
-    starts = window_starts(length, max_history=400, keep=keep, chunk=chunk)
-    bounds = window_bounds(max_history=400, keep=keep, chunk=chunk)
+    pyramid = Pyramid(max_history=400, keep=(300, 96, 12), chunk=chunk)
+    starts, bounds = pyramid.starts(length), pyramid.capacities
     anchor = length // chunk * chunk
+    assert pyramid.key_starts(length) == starts[:-1]
     assert starts == tuple(max(0, anchor - k) for k in (400, 300, 96, 12))
     assert all(length - start <= bound for start, bound in zip(starts, bounds, strict=True))
 
 
 def test_append_holds_until_the_anchor_moves() -> None:
-    sizes = {"max_history": 64, "keep": (32, 8), "chunk": 16}
-    assert can_append(96, 111, **sizes)  # type: ignore[arg-type]
-    assert not can_append(96, 112, **sizes)  # type: ignore[arg-type]
-    assert not can_append(0, 3, **sizes)  # type: ignore[arg-type]
+    pyramid = Pyramid(max_history=64, keep=(32, 8), chunk=16)
+    assert pyramid.can_append(96, 111)
+    assert not pyramid.can_append(96, 112)
+    assert not pyramid.can_append(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"keep": ()}, "with a keep for each layer"),
+        ({"chunk": 0}, "whole numbers from 1"),
+        ({"keep": (8, 32)}, "must not grow from layer to layer"),
+        ({"keep": (65,)}, "must not grow"),
+        ({"max_history": 64.0}, "whole numbers from 1"),
+    ],
+)
+def test_a_pyramid_that_cannot_be(sizes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Pyramid(**{"max_history": 64, "keep": (32, 8), "chunk": 16, **sizes})

@@ -173,6 +173,7 @@ ASKED = """
 import sys
 from pathlib import Path
 from onetrans.features.random_requests import random_request
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime import Ranker
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.metrics import Metrics
@@ -180,7 +181,8 @@ import numpy as np
 
 asked = sys.argv[2] == "asked"
 metrics = Metrics() if asked else None
-ranker = Ranker.open(Path(sys.argv[1]), threads=1, cache=CacheConfig(state_memory=10**7), metrics=metrics)
+cache = CacheConfig(state_memory=10**7)
+ranker = Ranker.open(Path(sys.argv[1]), options=BackendOptions(threads=1), cache=cache, metrics=metrics)
 request = random_request(ranker.bundle.manifest.schema, events=5, candidates=2, rng=np.random.default_rng(0))
 ranker.rank(history=request.history, profile=request.profile, candidates=request.candidates, user="a")
 loaded = "prometheus_client" in sys.modules

@@ -14,7 +14,6 @@ import torch
 from onetrans.features.encode import input_specs
 from onetrans.features.schema import FeatureSchema
 from onetrans.features.synthetic.logs import log_schema
-from onetrans.features.windows import window_starts
 from onetrans.model.checkpoint import random_model
 from onetrans.model.config import ModelConfig
 from onetrans.model.onetrans import OneTrans
@@ -156,7 +155,7 @@ def any_config(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 def longest(config: ModelConfig) -> int:
-    return config.window_bounds[0]
+    return config.pyramid.capacities[0]
 
 
 def ragged(config: ModelConfig, lengths: list[int], candidates: int = 3) -> Inputs:
@@ -287,8 +286,8 @@ def test_append_equals_a_fresh_pass(options: str, old: int, new: int) -> None:
         cut = {n: v[:, begin:end] if n.startswith("event_") else v for n, v in whole.items()}
         return cut | {"history_start": torch.tensor([begin]), "history_length": torch.tensor([end - begin])}
 
-    first = window_starts(old, max_history=config.max_history, keep=config.keep, chunk=config.append_chunk)[0]
-    assert first == window_starts(new, max_history=config.max_history, keep=config.keep, chunk=config.append_chunk)[0]
+    first = config.pyramid.starts(old)[0]
+    assert first == config.pyramid.starts(new)[0]
     with captured_keys(model) as calls:
         scores(model, events(first, old))
         fresh = scores(model, events(first, new))
@@ -298,7 +297,7 @@ def test_append_equals_a_fresh_pass(options: str, old: int, new: int) -> None:
     for layer, ((k, v), (all_k, all_v)) in enumerate(zip(calls[2], expected, strict=True)):
         for mine, fresh_value in ((k, all_k), (v, all_v)):
             count = min(new - old, fresh_value.shape[1])
-            starts = window_starts(new, max_history=config.max_history, keep=config.keep, chunk=config.append_chunk)
+            starts = config.pyramid.starts(new)
             valid = new - max(starts[layer], first)
             tail = fresh_value[:, valid - count : valid]
             mine_valid = mine[:, : new - max(starts[layer], old)]
@@ -309,7 +308,6 @@ def test_append_of_a_ragged_batch_with_padded_state() -> None:
     model = model_of(CONFIG)
     olds, news = [0, 3, 9, 41], [7, 6, 9, 45]
     whole = random_inputs(SCHEMA, users=4, tokens=45, candidates=2, seed=3)
-    rule = {"max_history": CONFIG.max_history, "keep": CONFIG.keep, "chunk": CONFIG.append_chunk}
 
     def part(begins: list[int], ends: list[int]) -> Inputs:
         longest = max(1, *(e - b for b, e in zip(begins, ends, strict=True)))
@@ -320,15 +318,15 @@ def test_append_of_a_ragged_batch_with_padded_state() -> None:
         lengths = [e - b for b, e in zip(begins, ends, strict=True)]
         return inputs | {"history_start": torch.tensor(begins), "history_length": torch.tensor(lengths)}
 
-    firsts = [window_starts(n, **rule)[0] for n in olds]
+    firsts = [CONFIG.pyramid.starts(n)[0] for n in olds]
     with captured_keys(model) as calls:
         scores(model, part(firsts, olds))
     past = []
     for layer, (k, v) in enumerate(calls[0]):
-        valid = torch.tensor([old - window_starts(old, **rule)[layer] for old in olds])
+        valid = torch.tensor([old - CONFIG.pyramid.starts(old)[layer] for old in olds])
         hole = torch.arange(k.shape[1]) >= valid[:, None]
         past.append(tuple(x.masked_fill(hole[:, :, None, None], 1e6) for x in (k, v)))
-    fresh = scores(model, part([window_starts(n, **rule)[0] for n in news], news))
+    fresh = scores(model, part([CONFIG.pyramid.starts(n)[0] for n in news], news))
     assert_close(scores(model, part(olds, news), past=past), fresh)
 
 

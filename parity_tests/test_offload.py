@@ -15,6 +15,7 @@ from onetrans.errors import ConfigError, JobError
 from onetrans.features.random_requests import first_events
 from onetrans.features.requests import Request
 from onetrans.runtime import CacheConfig, Ranker, Scores
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.cache.lookup import Held
 from onetrans.runtime.cache.spill import SpillFile
 from parity_tests.conftest import request_of
@@ -29,7 +30,7 @@ class FailedError(Exception):
 
 @pytest.fixture(scope="module")
 def plain(tiny_bundle: Path) -> Ranker:
-    return Ranker.open(tiny_bundle, threads=1)
+    return Ranker.open(tiny_bundle, options=BackendOptions(threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,9 @@ def users(plain: Ranker) -> list[Request]:
 
 
 def spilling(bundle: Path, folder: Path, *, slots: int = 6, spilled: int = USERS, **options: object) -> Ranker:
-    size = Ranker.open(bundle, threads=1).bundle.manifest.bytes_per_user
+    size = Ranker.open(bundle, options=BackendOptions(threads=1)).bundle.manifest.bytes_per_user
     config = CacheConfig(state_memory=slots * size, spill=folder, spill_memory=spilled * size, **options)  # type: ignore[arg-type]
-    return Ranker.open(bundle, threads=1, cache=config)
+    return Ranker.open(bundle, options=BackendOptions(threads=1), cache=config)
 
 
 def ask(ranker: Ranker, users: list[Request], user: int, events: int) -> Scores:
@@ -100,7 +101,7 @@ def test_half_precision_rounds_and_says_so_by_its_size(tiny_bundle: Path, users:
     ranker = spilling(tiny_bundle, tmp_path, spill_precision="float16")
     assert ranker.spill is not None
     manifest = ranker.bundle.manifest
-    whole = sum(t.bytes_per_user for t in manifest.state if t.spec.dtype == "int64")
+    whole = sum(t.bytes_per_user for t in manifest.state if t.dtype == "int64")
     assert ranker.spill.bytes_per_user == whole + (manifest.bytes_per_user - whole) // 2
     first = [ask(ranker, users, user, 40) for user in range(USERS)]
     again = [ask(ranker, users, user, 40) for user in range(USERS)]

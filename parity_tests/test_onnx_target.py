@@ -38,7 +38,7 @@ def test_every_case_is_within_the_formula_and_1e_5_of_gold(bundle):
     assert {0, 1} <= {length for result in results for length in result["lengths"]}
     assert any(result["users"] > 1 for result in results)
     appended = [result for result in results if result["name"].startswith("append")]
-    assert len(appended) == (2 if bundle.manifest.append_only else 0)
+    assert len(appended) == (2 if bundle.manifest.can_append else 0)
     for result in results:
         assert result["passed"], result["name"]
         assert result["error"] <= result["bound"]
@@ -133,7 +133,7 @@ def test_decode_reads_each_history_key_and_value_once_per_user(bundle):
     model = graphs(bundle)["decode"]
     copies = history_copies(model)
     readers = [node for node in model.graph.node if node.op_type == "MatMul" and copies & set(node.input)]
-    assert len(readers) == 2 * len(bundle.manifest.windows.keep)  # one Q·Kᵀ and one P·V per layer, all candidates in it
+    assert len(readers) == 2 * bundle.manifest.pyramid.layers  # one Q·Kᵀ and one P·V per layer, all candidates in it
     made = sorted(copies - {value.name for value in model.graph.input})
     sizes = []
     onnx.external_data_helper.load_external_data_for_model(model, str(bundle.path))
@@ -150,8 +150,8 @@ def test_mixed_projections_are_token_major_batched_products(bundle):
     weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     products = [n for n in model.graph.node if n.op_type == "MatMul" and len(weights.get(n.input[1], ())) == 3]
     projections = 4 if bundle.manifest.model["output_projection"] == "mixed" else 3
-    assert len(products) == projections * len(bundle.manifest.windows.keep)
-    user_tokens = [tensor.spec.dims[1] for tensor in bundle.manifest.state if tensor.spec.name == "user_k0"]
+    assert len(products) == projections * bundle.manifest.pyramid.layers
+    user_tokens = [tensor.dims[1] for tensor in bundle.manifest.state if tensor.name == "user_k0"]
     positions = {weights[node.input[1]][0] for node in products}
     assert positions == {bundle.manifest.model["l_ns"] - sum(user_tokens)}
 

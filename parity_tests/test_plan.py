@@ -19,6 +19,7 @@ from onetrans.errors import ConfigError
 from onetrans.export import export
 from onetrans.model.checkpoint import random_model
 from onetrans.runtime import Bundle, Ranker
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.manifest import Manifest
 from onetrans.sizing.arrivals import Arrivals, Trace
@@ -58,7 +59,7 @@ def shares(found: Replay) -> dict[str, float]:
 
 def rank_all(bundle: Path, trace: Trace, config: CacheConfig) -> tuple[Ranker, list[Any]]:
     """A real Ranker's results for a trace's requests, on the trace's clock."""
-    ranker = Ranker.open(bundle, threads=1, cache=config)
+    ranker = Ranker.open(bundle, options=BackendOptions(threads=1), cache=config)
     schema = ranker.bundle.manifest.schema
     results = []
     most = {user: int(trace.tokens[trace.user == user].max()) for user in set(trace.user.tolist())}
@@ -208,7 +209,7 @@ def test_machines_are_the_fewest_that_suffice(manifest: Manifest, slots: int) ->
 
 
 def test_costs_are_measured_at_the_traces_lengths(tiny_bundle: Path, manifest: Manifest) -> None:
-    ranker = Ranker.open(tiny_bundle, threads=1, cache=states(manifest, STATES))
+    ranker = Ranker.open(tiny_bundle, options=BackendOptions(threads=1), cache=states(manifest, STATES))
     stages: list[str] = []
     trace = MANY.draw(users=500, requests=500)
     costs = measure(ranker, trace, candidates=8, progress=stages.append)
@@ -236,7 +237,7 @@ def test_as_json_without_a_backend(tiny_bundle: Path, manifest: Manifest) -> Non
     assert done.stdout.count("\n") == 1
     found = json.loads(done.stdout)
     config = CacheConfig(state_memory=100 << 20)
-    load = dataclasses.replace(MANY, events_mean=manifest.windows.max_history)
+    load = dataclasses.replace(MANY, events_mean=manifest.pyramid.max_history)
     plan = make_plan(manifest, load, config, COSTS, requests=2000, utilisation=0.6)
     expected = {"bundle": str(tiny_bundle), "model": "tiny", **dataclasses.asdict(plan)}
     assert found == {

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 
 from onetrans.errors import DataError
-from onetrans.export.gold import run_model
+from onetrans.export.models.onetrans import run_model
 from onetrans.features.encode import encode_candidates, encode_tokens, encode_users
 from onetrans.features.merge import merge_tokens, parse_history
 from onetrans.features.requests import Request
-from onetrans.features.windows import can_append, window_starts
 from onetrans.model.onetrans import OneTrans
 from onetrans.runtime import Ranker, Scores
-from onetrans.runtime.backends.base import StatePool
+from onetrans.runtime.backends.base import BackendOptions, StatePool
 from parity_tests.conftest import as_rows, request_of
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 500)
@@ -32,7 +31,7 @@ Arrays = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def ranker(tiny_bundle: Path) -> Ranker:
-    return Ranker.open(tiny_bundle, threads=1)
+    return Ranker.open(tiny_bundle, options=BackendOptions(threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +66,7 @@ def test_scores_are_the_references(ranker: Ranker, gold_model: OneTrans, events:
     request = make(ranker, events, candidates, seed=events)
     schema, config = gold_model.config.schema, gold_model.config
     tokens = merge_tokens(schema, parse_history(schema, request.history), "time")
-    keep = config.keep
-    start = window_starts(events, max_history=config.max_history, keep=keep, chunk=config.append_chunk)[0]
+    start = config.pyramid.starts(events)[0]
     inputs = {
         **encode_tokens(schema, [tokens], [start]),
         **encode_users(schema, [request.profile]),
@@ -106,8 +104,7 @@ def window(ranker: Ranker, request: Request, first: int, last: int) -> Arrays:
 
 
 def start_of(ranker: Ranker, events: int) -> int:
-    w = ranker.bundle.manifest.windows
-    return window_starts(events, max_history=w.max_history, keep=w.keep, chunk=w.append_chunk)[0]
+    return ranker.bundle.manifest.pyramid.starts(events)[0]
 
 
 def prefilled(ranker: Ranker, request: Request, events: int) -> StatePool:
@@ -136,9 +133,7 @@ APPENDS = ([64, 127], [64, 65, 66, 100, 127], [1, 2], [1, 63], [128, 191], [192,
 @pytest.mark.parametrize("steps", APPENDS, ids=lambda steps: "-".join(map(str, steps)))
 def test_an_appended_state_is_the_prefilled_one(ranker: Ranker, steps: list[int]) -> None:
     """State by state; which are equal bit by bit is printed (`pytest -s`), since ONNX Runtime promises none."""
-    w = ranker.bundle.manifest.windows
-    rule = {"max_history": w.max_history, "keep": w.keep, "chunk": w.append_chunk}
-    assert steps[0] == steps[-1] or can_append(steps[0], steps[-1], **rule)
+    assert steps[0] == steps[-1] or ranker.bundle.manifest.pyramid.can_append(steps[0], steps[-1])
     request = make(ranker, steps[-1], 50, seed=steps[-1])
     fresh, appended = prefilled(ranker, request, steps[-1]), grown(ranker, request, steps)
     expected, found = fresh.read(0), appended.read(0)
@@ -146,11 +141,11 @@ def test_an_appended_state_is_the_prefilled_one(ranker: Ranker, steps: list[int]
     lengths = expected["lengths"]
     errors = {}
     for tensor in ranker.bundle.manifest.state:
-        name = tensor.spec.name
+        name = tensor.name
         a, b = found[name], expected[name]
-        if tensor.window is not None:
-            tokens = next(axis for axis, dim in enumerate(tensor.spec.dims) if axis and isinstance(dim, str))
-            valid = np.arange(int(lengths[0, tensor.window]))
+        if tensor.is_window:
+            tokens = next(axis for axis, dim in enumerate(tensor.dims) if axis and isinstance(dim, str))
+            valid = np.arange(int(lengths[0, tensor.state.layer]))
             a, b = a.take(valid, tokens), b.take(valid, tokens)
         assert a.shape == b.shape, name
         errors[name] = float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from onetrans.errors import ExportError
-from onetrans.export.capture import capture
-from onetrans.export.config import ExportConfig
-from onetrans.export.inputs import capture_model, random_inputs
-from onetrans.export.passes.drop_past import drop_past
-from onetrans.export.passes.keep_rows import keep_rows
+from onetrans.export.capture import capture, capture_model
+from onetrans.export.models.base import adapt
+from onetrans.export.passes.base import run_pass, run_passes
+from onetrans.export.passes.drop_past import DropPast
+from onetrans.export.passes.keep_rows import KeepRows
 from onetrans.export.probe import probe_split
 from onetrans.export.split import Split, extract, split
-from onetrans.features.encode import TensorSpec
 from onetrans.model.checkpoint import random_model
 from onetrans.model.onetrans import OneTrans
+from onetrans.spec import State, TensorSpec
 from parity_tests.configs import VARIANTS, small_config
 
 SIZES = {"U": 2, "C": 3, "L": 5}
@@ -26,21 +26,26 @@ SIZES = {"U": 2, "C": 3, "L": 5}
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def captured(request):
     model = random_model(small_config(**VARIANTS[request.param]), seed=3)
-    whole, append = capture_model(model, ExportConfig())
+    adapter = adapt(model)
+    whole, append = capture_model(adapter, adapter.bounds(max_users=64, max_candidates=2048))
     return request.param, model, split(whole), append
 
 
 def by_scope(model: OneTrans, seed: int, sizes=SIZES):
-    inputs = random_inputs(model.config, sizes, seed)
+    inputs = adapt(model).example_inputs(seed, sizes)
     candidate = {name: value for name, value in inputs.items() if name.startswith("candidate_")}
     return {name: value for name, value in inputs.items() if name not in candidate}, candidate
+
+
+def named(program, values):
+    return {spec.name: value for spec, value in zip(program.outputs, values, strict=True)}
 
 
 def run_split(parts: Split, user, candidate):
     inputs = {**user, **candidate}
     with torch.inference_mode():
         state = parts.prefill.module(*(inputs[spec.name] for spec in parts.prefill.inputs))
-        inputs |= dict(zip(parts.prefill.outputs, state, strict=True))
+        inputs |= named(parts.prefill, state)
         return parts.decode.module(*(inputs[spec.name] for spec in parts.decode.inputs))
 
 
@@ -65,8 +70,8 @@ def test_windows_in_the_cut_have_the_pyramids_sizes(captured):
     cut = {spec.name: spec for spec in parts.report.cut}
     c = model.config
     for layer in range(c.layers):
-        bound = c.window_bounds[layer]
-        window = "L" if bound == c.window_bounds[0] else f"min({bound}, L)"
+        bound = c.pyramid.capacities[layer]
+        window = "L" if bound == c.pyramid.capacities[0] else f"min({bound}, L)"
         assert cut[f"k{layer}"].dims == ("U", window, c.heads, c.head_dim), variant
 
 
@@ -99,10 +104,14 @@ def test_a_past_that_another_op_reads_cannot_be_dropped():
         def forward(self, x, past):
             return (x + past.sum(),)
 
-    specs = [TensorSpec(name=name, dtype="float32", dims=("U", "L"), scope="user") for name in ("x", "past_k0")]
+    state = State(role="key", layer=0, capacity=8)
+    specs = [
+        TensorSpec(name="x", dtype="float32", dims=("U", "L"), scope="user"),
+        TensorSpec(name="past_k0", dtype="float32", dims=("U", "L"), scope="user", state=state),
+    ]
     program = capture(Adds(), (torch.ones(2, 3), torch.ones(2, 3)), specs, {"U": (1, 8), "L": (1, 8)}, ["y"])
     with pytest.raises(ExportError, match="past_k0 is read by sum_1, which is no attention"):
-        drop_past(program, ["past_k0"])
+        run_pass(program, DropPast())
 
 
 def test_the_split_scores_as_the_model_does(captured):
@@ -161,7 +170,7 @@ def test_append_graph_grows_a_state_to_that_of_a_fresh_prefill(captured):
     if model.config.append_chunk == 1:
         assert append is None
         return
-    graph = extract(append, parts.prefill.outputs)
+    graph = extract(append, parts.report.cut)
     old, new = 16, 22  # within one chunk of 8
     user, _ = by_scope(model, seed=7, sizes={"U": 2, "C": 3, "L": new})
     user["history_length"] = torch.full((2,), new)
@@ -171,10 +180,11 @@ def test_append_graph_grows_a_state_to_that_of_a_fresh_prefill(captured):
     after |= {"history_start": torch.full((2,), old), "history_length": torch.full((2,), new - old)}
     with torch.inference_mode():
         run = [parts.prefill.module(*(i[s.name] for s in parts.prefill.inputs)) for i in (user, before)]
-        fresh, cached = (dict(zip(parts.prefill.outputs, state, strict=True)) for state in run)
+        fresh, cached = (named(parts.prefill, state) for state in run)
         inputs = {**after, **{f"past_{name}": value for name, value in cached.items()}}
-        grown = dict(zip(graph.outputs, graph.module(*(inputs[s.name] for s in graph.inputs)), strict=True))
-        lean, gone = keep_rows(graph)
+        grown = named(graph, graph.module(*(inputs[s.name] for s in graph.inputs)))
+        (made,) = run_passes(graph, (KeepRows(),))
+        lean, gone = made.program, made.changed
         again = lean.module(*(inputs[s.name] for s in lean.inputs))
     starts = (model.config.max_history, *model.config.keep[:-1])  # the top layer's queries are dead
     assert len(gone) == sum(before != after for before, after in itertools.pairwise(starts))
@@ -263,7 +273,7 @@ def probe_values(seed: int):
 def test_the_probe_passes_a_sound_split():
     (ua, ca), (ub, cb) = probe_values(0), probe_values(1)
     parts = two_tower()
-    probe_split(parts, ua, ub, ca, cb)  # raises where it does not hold
+    probe_split(parts, (ua, ub), (ca, cb))  # raises where it does not hold
     with torch.inference_mode():
         assert not torch.equal(parts.prefill.module(ua["x"])[0], parts.prefill.module(ub["x"])[0])
 
@@ -283,7 +293,7 @@ def test_the_probe_finds_state_that_candidates_change():
     (ua, ca), (ub, cb) = probe_values(0), probe_values(1)
     z = {"z": torch.randn(2, 3)}
     with pytest.raises(ExportError, match="changes with the candidates"):
-        probe_split(parts, ua, ub, ca | z, cb | z)
+        probe_split(parts, (ua, ub), (ca | z, cb | z))
 
 
 def test_the_probe_finds_state_that_no_user_changes():
@@ -293,7 +303,7 @@ def test_the_probe_finds_state_that_no_user_changes():
 
     (ua, ca), (ub, cb) = probe_values(0), probe_values(1)
     with pytest.raises(ExportError, match="the same for another user"):
-        probe_split(two_tower(module=Constant()), ua, ub, ca, cb)
+        probe_split(two_tower(module=Constant()), (ua, ub), (ca, cb))
 
 
 def test_the_probe_finds_parts_that_differ_from_the_whole():
@@ -305,7 +315,7 @@ def test_the_probe_finds_parts_that_differ_from_the_whole():
     # the whole graph shares its constants with neither part here
     fresh = dataclasses.replace(parts, whole=two_tower().whole, prefill=two_tower().prefill)
     with pytest.raises(ExportError, match="give another score than the whole graph"):
-        probe_split(fresh, ua, ub, ca, cb)
+        probe_split(fresh, (ua, ub), (ca, cb))
 
 
 def test_a_capture_without_a_spec_for_every_input_is_refused():

@@ -17,10 +17,10 @@ from onetrans.features.requests import Request
 from onetrans.model.onetrans import OneTrans
 from onetrans.model.presets import preset
 from onetrans.runtime import Scores
-from onetrans.runtime.backends.base import Backend
-from onetrans.runtime.backends.registry import open_backend
+from onetrans.runtime.backends.base import Backend, BackendOptions
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.lookup import KINDS
+from onetrans.runtime.targets import open_backend
 from parity_tests.states import Reference, cached, people, rank, same_bits, upto
 
 CHUNK = preset("tiny").append_chunk
@@ -245,7 +245,7 @@ class Users(RuleBasedStateMachine):
 @pytest.mark.slow
 def test_every_score_is_the_references_and_every_lookup_as_documented(tiny_model: OneTrans, tiny_bundle: Any) -> None:
     Users.bundle = Bundle.open(tiny_bundle)
-    Users.backend = open_backend(Users.bundle, threads=1)
+    Users.backend = open_backend(Users.bundle, options=BackendOptions(threads=1))
     Users.reference = reference = Reference(tiny_model)
     Users.tally.clear()
     run_state_machine_as_test(

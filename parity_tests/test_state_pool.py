@@ -12,6 +12,7 @@ import pytest
 from onetrans.errors import StateError
 from onetrans.features.requests import Request
 from onetrans.runtime import Ranker
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.pools.host import HostPool
@@ -40,7 +41,7 @@ def opened(tiny_bundle: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def backend(opened: Bundle) -> Watched:
-    return Watched(opened, threads=1)
+    return Watched(opened, BackendOptions(threads=1))
 
 
 @pytest.fixture(autouse=True)
@@ -90,11 +91,11 @@ def test_an_append_writes_behind_what_is_there(
     before = [raw(pool, s) for s in range(pool.slots)]
     assert rank(ranker, upto(lives["a"], new)).result == "append"
     assert held_of(ranker, "a").slot == slot
-    starts = opened.manifest.windows.starts(new)
+    starts = opened.manifest.pyramid.key_starts(new)
     for name, tensor in pool.tensors.items():
-        if tensor.window is None:
+        if not tensor.is_window:
             continue
-        first, last = old - starts[tensor.window], new - starts[tensor.window]
+        first, last = old - starts[tensor.state.layer], new - starts[tensor.state.layer]
         assert np.array_equal(pool.slabs[name][slot, :first], before[slot][name][:first]), name
         assert not np.array_equal(pool.slabs[name][slot, first:last], before[slot][name][first:last]), name
         assert np.array_equal(pool.slabs[name][slot, last:], before[slot][name][last:]), name
@@ -153,7 +154,7 @@ def test_another_context_is_taken_over_without_a_prefill(
     # far beyond any rounding: the context matters, so an old one would show
     assert difference(scores.logits, rank_new(ranker, request).logits) > 1e-3
     after = pool.read(held_of(ranker, "a").slot)
-    assert all(np.array_equal(after[n], before[n]) for n, tensor in pool.tensors.items() if tensor.window is not None)
+    assert all(np.array_equal(after[n], before[n]) for n, tensor in pool.tensors.items() if tensor.is_window)
     print(f"{events} events, other context: {same_bits(scores.logits, rank_new(ranker, other).logits)}")
 
 

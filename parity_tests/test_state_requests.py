@@ -17,6 +17,7 @@ from onetrans.features.requests import Request
 from onetrans.model.checkpoint import random_model
 from onetrans.model.onetrans import OneTrans
 from onetrans.runtime import Ranker
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
@@ -190,7 +191,7 @@ def set_precision(body: dict[str, Any]) -> None:
 
 
 def set_windows(body: dict[str, Any]) -> None:
-    body["windows"]["append_chunk"] = 32
+    body["pyramid"]["chunk"] = 32
 
 
 def set_state(body: dict[str, Any]) -> None:
@@ -205,7 +206,7 @@ def set_state(body: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (set_precision, "its precision differs (float16, not float32); open a Ranker of its own for it"),
-        (set_windows, "its windows differs; open a Ranker of its own for it"),
+        (set_windows, "its pyramid differs; open a Ranker of its own for it"),
         (set_state, "its state differs; open a Ranker of its own for it"),
     ],
     ids=["precision", "windows", "state"],
@@ -247,12 +248,12 @@ def assert_refused(
 def test_states_of_other_weights_are_never_used(tiny_bundle: Path, lives: dict[str, Request], tmp_path: Path) -> None:
     newer = retrained(tiny_bundle, tmp_path / "newer")
     one = Bundle.open(tiny_bundle).manifest.bytes_per_user
-    ranker = Ranker.open(tiny_bundle, threads=1, cache=CacheConfig(state_memory=16 * one))
+    ranker = Ranker.open(tiny_bundle, options=BackendOptions(threads=1), cache=CacheConfig(state_memory=16 * one))
     old = [rank(ranker, upto(lives[user], 70, 5)) for user in NAMES]
     ranker.reload(newer)
     assert ranker.cache.held() == {}
     assert ranker.bundle.path == newer
-    fresh = Ranker.open(newer, threads=1)
+    fresh = Ranker.open(newer, options=BackendOptions(threads=1))
     for user, before in zip(NAMES, old, strict=True):
         request = upto(lives[user], 75, 5)
         scores = rank(ranker, request)
@@ -271,7 +272,7 @@ def test_a_request_under_way_leaves_no_state_of_the_old_version(
 ) -> None:
     newer = retrained(tiny_bundle, tmp_path / "newer")
     one = Bundle.open(tiny_bundle).manifest.bytes_per_user
-    ranker = Ranker.open(tiny_bundle, threads=1, cache=CacheConfig(state_memory=4 * one))
+    ranker = Ranker.open(tiny_bundle, options=BackendOptions(threads=1), cache=CacheConfig(state_memory=4 * one))
     prefill, reloads = ranker.backend.prefill, []
 
     def reload_first(*args: Any) -> Any:
@@ -299,7 +300,7 @@ def test_an_intent_ordered_bundle_reuses_or_prefills(intent_model: OneTrans, int
     reference = Reference(intent_model)
     opened = Bundle.open(intent_bundle)
     assert "append" not in opened.manifest.graphs
-    ranker, pool = cached(opened, OnnxRuntimeCpu(opened, threads=1), slots=12)
+    ranker, pool = cached(opened, OnnxRuntimeCpu(opened, BackendOptions(threads=1)), slots=12)
     assert pool.nbytes == 12 * opened.manifest.bytes_per_user == sum(slab.nbytes for slab in pool.slabs.values())
     users = people(opened.manifest.schema, "abc", events=100)
     for events in (1, 2, 20, 40, 63, 64, 65, 100):
@@ -318,7 +319,9 @@ def test_an_intent_ordered_bundle_reuses_or_prefills(intent_model: OneTrans, int
 
 def test_stale_reuse_of_an_intent_ordered_bundle_is_no_reuse(intent_bundle: Path) -> None:
     opened = Bundle.open(intent_bundle)
-    ranker, _ = cached(opened, OnnxRuntimeCpu(opened, threads=1), slots=12, reuse="stale", drift_every=1)
+    ranker, _ = cached(
+        opened, OnnxRuntimeCpu(opened, BackendOptions(threads=1)), slots=12, reuse="stale", drift_every=1
+    )
     (life,) = people(opened.manifest.schema, "a", events=100).values()
     results = [rank(ranker, upto(life, events)).result for events in (10, 10, 20, 70, 70)]
     assert results == ["prefill", "reuse", "prefill", "prefill", "reuse"]

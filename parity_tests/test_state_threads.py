@@ -13,7 +13,7 @@ import pytest
 
 from onetrans.features.requests import Request
 from onetrans.runtime import Ranker, Scores
-from onetrans.runtime.backends.base import StatePool
+from onetrans.runtime.backends.base import BackendOptions, StatePool
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
@@ -28,8 +28,8 @@ MOMENT = 0.1  # seconds in which a thread that may run on would have
 class Exclusive(OnnxRuntimeCpu):
     """The backend, noting where two calls use one slot at a time."""
 
-    def __init__(self, bundle: Bundle, **options: Any) -> None:
-        super().__init__(bundle, **options)
+    def __init__(self, bundle: Bundle, options: BackendOptions | None = None) -> None:
+        super().__init__(bundle, options)
         self.clashes: list[tuple[int, ...]] = []
         self.at_once = 0
         self._used: list[int] = []
@@ -148,7 +148,7 @@ def test_every_score_is_right_whoever_else_is_served(
     slots: int,
 ) -> None:
     """Five threads: users grow step by step, go back in time, come in batches, and are invalidated now and then."""
-    backend = Exclusive(opened, threads=1)
+    backend = Exclusive(opened, BackendOptions(threads=1))
     ranker, _ = cached(opened, backend, slots=slots, working=2)
     at = dict.fromkeys(users, 0)  # shared by the threads, as users are
     kinds: list[str] = []
@@ -207,7 +207,7 @@ def test_a_user_s_second_request_waits_for_the_first(
     reference: Reference,
     graph: str,
 ) -> None:
-    backend = Watched(opened, threads=1)
+    backend = Watched(opened, BackendOptions(threads=1))
     ranker, _ = cached(opened, backend, slots=8)
     rank(ranker, requests["a"][6])
     first, second = (9, 10) if graph == "prefill" else (7, 8)
@@ -235,7 +235,7 @@ def test_a_user_s_second_request_waits_for_the_first(
 
 
 def test_an_invalidation_waits_for_the_request_under_way(opened: Bundle, requests: dict[str, list[Request]]) -> None:
-    backend = Watched(opened, threads=1)
+    backend = Watched(opened, BackendOptions(threads=1))
     ranker, _ = cached(opened, backend, slots=8)
     rank(ranker, requests["a"][6])
     gate, crowd, forgotten = Gate(backend, "append"), Together(), []
@@ -256,7 +256,7 @@ def test_an_invalidation_reaches_a_state_on_its_way_to_the_disk(
     opened: Bundle, requests: dict[str, list[Request]], tmp_path: Path
 ) -> None:
     """b drives a out of the memory; a is neither there nor in the spill file until b's request ends."""
-    backend = Watched(opened, threads=1)
+    backend = Watched(opened, BackendOptions(threads=1))
     spill = {"spill": tmp_path, "spill_memory": 4 * opened.manifest.bytes_per_user}
     ranker, _ = cached(opened, backend, slots=2, **spill)
     rank(ranker, requests["a"][6])
@@ -278,7 +278,7 @@ def test_where_no_slot_is_left_to_work_in_a_prefill_waits_and_a_reuse_does_not(
     golds: dict[str, list[dict[str, np.ndarray]]],
     reference: Reference,
 ) -> None:
-    backend = Watched(opened, threads=1)
+    backend = Watched(opened, BackendOptions(threads=1))
     ranker, _ = cached(opened, backend, slots=4)
     assert ranker.cache.working == 1
     rank(ranker, requests["a"][6])
@@ -309,7 +309,7 @@ def test_batches_without_a_cache_wait_for_slots_too(
     golds: dict[str, list[dict[str, np.ndarray]]],
     reference: Reference,
 ) -> None:
-    ranker = Ranker(opened, Exclusive(opened, threads=1), CacheConfig(working=3))
+    ranker = Ranker(opened, Exclusive(opened, BackendOptions(threads=1)), CacheConfig(working=3))
 
     def work() -> None:
         for index in range(len(LENGTHS)):
@@ -337,10 +337,10 @@ def test_requests_work_across_reloads(
     Of the newer one there is no reference: two results that are each within the bound of one are within twice of it.
     """
     newer = retrained(tiny_bundle, tmp_path / "newer")
-    fresh = Ranker.open(newer, threads=1)
+    fresh = Ranker.open(newer, options=BackendOptions(threads=1))
     expected = {user: [rank_new(fresh, request).logits for request in his] for user, his in requests.items()}
     one = fresh.bundle.manifest.bytes_per_user
-    ranker = Ranker.open(tiny_bundle, threads=1, cache=CacheConfig(state_memory=8 * one))
+    ranker = Ranker.open(tiny_bundle, options=BackendOptions(threads=1), cache=CacheConfig(state_memory=8 * one))
     versions, over = [0, 0], threading.Event()
 
     def work(seed: int) -> None:

@@ -75,8 +75,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from benchmarks.gpu.programs import place
 from onetrans.export.config import ExportConfig
-from onetrans.export.inputs import capture_model
-from onetrans.export.passes.keep_rows import keep_rows
 from onetrans.export.split import extract, split
 from onetrans.export.targets.triton.target import lower
 from onetrans.model.onetrans import OneTrans
@@ -100,11 +98,9 @@ def record(module, inputs):
     raise Seen(f"<{len(kernels)}>")
 
 config = small_config(max_history=600, explicit_keep=(600, 24, 6))  # long enough for splits of a program each
-whole, append = capture_model(OneTrans(config).eval().to(torch.bfloat16), ExportConfig())
-parts = split(whole)
-for program in (parts.prefill, parts.decode, keep_rows(extract(append, parts.prefill.outputs))[0]):
+for program in programs_of(OneTrans(config).to(torch.bfloat16)).by_name.values():
     lowered = place(lower(program), torch.device("cpu"), {})
-    sizes = {"U": 1, "C": 7, "L": 9, "S": 3} | {f"W{i}": bound for i, bound in enumerate(config.window_bounds)}
+    sizes = {"U": 1, "C": 7, "L": 9, "S": 3} | {f"W{i}": bound for i, bound in enumerate(config.pyramid.capacities)}
     shapes = [[sizes.get(d, 64) if isinstance(d, str) else d for d in spec.dims] for spec in lowered.inputs]
     inputs = [torch.zeros(n, dtype=getattr(torch, spec.dtype)) for n, spec in zip(shapes, lowered.inputs)]
     compiled = torch.compile(lowered.module, backend=aot_autograd(fw_compiler=record), fullgraph=True, dynamic=False)

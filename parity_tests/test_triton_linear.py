@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from onetrans.parity.bound import FACTOR, bound
+from onetrans.precision import of_torch
 from parity_tests.triton_device import DEVICE, HALVES, needs_triton, poisoned
 
 pytest.importorskip("triton")
@@ -64,15 +66,15 @@ def filled(launch, *shape, dtype):
 
 
 def assert_as_good_as(found, plain, gold):
-    """At most 1.5 times the error of plain PyTorch in the same dtype, and 4 ulp of the largest output.
+    """Within the bound of `onetrans.parity.bound`, where the ulp is that of the largest output's power of two.
 
     Over a thousand outputs or more the mean square error has no such allowance: a wrong rounding doubles it.
     """
     error, allowed = ((x.double() - gold).abs() for x in (found, plain))
-    ulp = torch.finfo(found.dtype).eps * 2.0 ** float(gold.abs().max().log2().floor())
-    assert float(error.max()) <= 1.5 * float(allowed.max()) + 4 * ulp
+    largest = 2.0 ** float(gold.abs().max().log2().floor())
+    assert float(error.max()) <= bound(float(allowed.max()), largest, of_torch(found.dtype).name)
     if gold.numel() >= 1000 and found.dtype != torch.float32:
-        assert float(error.square().mean().sqrt()) <= 1.5 * float(allowed.square().mean().sqrt())
+        assert float(error.square().mean().sqrt()) <= FACTOR * float(allowed.square().mean().sqrt())
 
 
 def double(arguments):

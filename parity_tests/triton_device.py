@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from onetrans.parity import bound as parity
+from onetrans.precision import of_torch
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -43,10 +46,10 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def bound(plain: torch.Tensor, gold: torch.Tensor, summed: torch.Tensor) -> float:
-    """What a kernel may be off by: 1.5 times what plain PyTorch is off by in the same dtype, and one more rounding.
+    """What a kernel may be off by: the bound of `onetrans.parity.bound` with one more rounding for its floor.
 
     A kernel rounds what it multiplies (softmax weights, normalised rows) to the dtype where the reference keeps
     float32; each term is then off by half an ulp at most, so a mean of `summed` by half an ulp of the largest.
     """
     error = float((plain.double() - gold).abs().max())
-    return 1.5 * error + torch.finfo(plain.dtype).eps / 2 * float(summed.abs().max())
+    return parity.bound(error, float(summed.abs().max()), of_torch(plain.dtype).name, ulps=0.5)

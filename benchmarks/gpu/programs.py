@@ -147,7 +147,7 @@ class Built:
         found = {}
         for layer in range(config.layers):
             for kind in "kv":
-                size = (SLOTS, config.window_bounds[layer], *shape)
+                size = (SLOTS, config.pyramid.capacities[layer], *shape)
                 found[f"{kind}_state{layer}"] = torch.full(size, float("nan"), dtype=self.dtype, device=self.device)
         return {**found, "slots": torch.tensor([SLOT], device=self.device)}
 

@@ -4,6 +4,11 @@ The exit status of the command line is the `exit_status` of the error: 2 where w
 checkpoint, bundle, request), 1 where the job itself failed (parity, disk full).
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class OneTransError(Exception):
     """Base of every error that is meant for the user."""
@@ -50,4 +55,12 @@ class ExportError(JobError):
 
 
 class ParityError(JobError):
-    """A backend's results are too far from gold, or nothing was compared."""
+    """A backend's results are too far from the reference, or nothing was compared."""
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
+    """The one wording for a name that is not known, as `unknown preset 'tini'; did you mean 'tiny'? allowed: tiny`."""
+    listed = list(allowed)
+    close = difflib.get_close_matches(name, listed, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"unknown {kind} {name!r}{meant} allowed: {', '.join(listed)}"

@@ -18,7 +18,9 @@ from onetrans.bench.stats import LEAST_SAMPLES
 from onetrans.cli.cache import cache_options
 from onetrans.cli.console import print_json, print_table, stages, stderr
 from onetrans.errors import ConfigError
-from onetrans.parity.verify import check, read_cases, verify
+from onetrans.parity.cases import read_cases
+from onetrans.parity.verify import check, verify
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker
 
@@ -70,10 +72,10 @@ def bench_command(
         raise ConfigError(f"{name} shapes random requests, but --input {source} brings its own; drop one of them")
     if cache is not None and source is None:
         raise ConfigError("--state-memory keeps states of returning users, which random requests are not; give --input")
-    ranker = Ranker.open(bundle, threads=threads, cache=cache)
+    ranker = Ranker.open(bundle, options=BackendOptions(threads=threads), cache=cache)
     manifest = ranker.bundle.manifest
     load = LoadConfig(
-        events=manifest.windows.max_history if events is None else events,
+        events=manifest.pyramid.max_history if events is None else events,
         candidates=CANDIDATES if candidates is None else candidates,
         spread=spread or "fixed",
         seed=seed or 0,
@@ -84,7 +86,7 @@ def bench_command(
     else:
         stream, shape = iter(file_requests(source, manifest)), dict.fromkeys(vars(load))
     with stages(f"verifying {bundle}") as progress:
-        results = verify(ranker.bundle, ranker.backend, read_cases(ranker.bundle), progress)
+        results = verify(ranker.backend, read_cases(ranker.bundle), progress)
     check(results)
     notes = []
     if requests < REQUESTS:

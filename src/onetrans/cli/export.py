@@ -9,7 +9,8 @@ import click
 
 from onetrans.cli.console import print_json, stages, stderr
 from onetrans.errors import ConfigError, OutputExistsError
-from onetrans.export.config import PRECISIONS, TARGETS, ExportConfig
+from onetrans.export.config import ExportConfig
+from onetrans.runtime import targets
 
 DEFAULTS = ExportConfig()
 
@@ -18,12 +19,16 @@ DEFAULTS = ExportConfig()
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder that `onetrans train` wrote.")
 @click.option("--preset", help="With --random-weights: the model to size instead of a checkpoint.")
 @click.option("--random-weights", is_flag=True, help="Export a preset untrained, for sizing.")
-@click.option("--target", default=DEFAULTS.target, show_default=True, help=f"One of: {', '.join(TARGETS)}.")
+@click.option(
+    "--target",
+    default=DEFAULTS.target,
+    show_default=True,
+    help=f"One of: {', '.join(targets.names())}.",
+)
 @click.option(
     "--precision",
-    default=DEFAULTS.precision,
-    show_default=True,
-    help="Of weights, activations and state. " + "; ".join(f"{t}: {', '.join(p)}" for t, p in PRECISIONS.items()) + ".",
+    default="",
+    help="Of weights, activations and state.  [default: the target's first]",
 )
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The bundle; must not exist yet.")
 @click.option("--max-users", default=DEFAULTS.max_users, show_default=True, help="Most users in one batch.")
@@ -77,7 +82,7 @@ def export_command(
             {
                 "bundle": str(output),
                 "target": target,
-                "precision": precision,
+                "precision": config.precision,
                 "seconds": seconds,
                 "bytes": sum(int(file["bytes"]) for file in bundle.manifest.files.values()),
                 "state_bytes_per_user": bundle.manifest.bytes_per_user,
@@ -86,8 +91,8 @@ def export_command(
         )
         return
     stderr().print(
-        f"{output}: {bundle.manifest.name} for {target} in {precision}, {seconds:.1f} s; {len(results)} parity cases"
-        f" passed, largest relative error {worst['relative_error']:.1e};"
+        f"{output}: {bundle.manifest.name} for {target} in {config.precision}, {seconds:.1f} s;"
+        f" {len(results)} parity cases passed, largest relative error {worst['relative_error']:.1e};"
         f" state {bundle.manifest.bytes_per_user / 1e6:.2f} MB per user",
         markup=False,
     )

@@ -70,20 +70,20 @@ def _cut(manifest: Manifest) -> Table:
     for column in ("tensor", "dtype", "shape", "tokens at most", "bytes per user"):
         table.add_column(column, justify="left" if column in ("tensor", "dtype", "shape") else "right")
     for tensor in manifest.state:
-        shape = "[" + ", ".join(str(dim) for dim in tensor.spec.dims) + "]"
-        tokens = str(tensor.capacity) if tensor.window is not None else "–"
-        table.add_row(tensor.spec.name, tensor.spec.dtype, escape(shape), tokens, f"{tensor.bytes_per_user:,}")
+        shape = "[" + ", ".join(str(dim) for dim in tensor.dims) + "]"
+        tokens = str(tensor.shape_per_user[0]) if tensor.is_window else "–"
+        table.add_row(tensor.name, tensor.dtype, escape(shape), tokens, f"{tensor.bytes_per_user:,}")
     return table
 
 
 def _notes(manifest: Manifest) -> list[str]:
     split = manifest.split
     dead, weights = split["dead"], split["dead_weights"]
-    chunk = manifest.windows.append_chunk
+    chunk = manifest.pyramid.chunk
     why = f"its {manifest.merge} merge" if manifest.merge != "time" else f"append_chunk {chunk}"
     notes = [
         f"append: exact until a history crosses a multiple of {chunk} events"
-        if manifest.append_only
+        if manifest.can_append
         else f"append: never exact with {why}; states are reused as they are or prefilled",
         f"removed: {len(dead)} computations that feed nothing"
         + (f", and the weights {', '.join(weights)}" if weights else ""),

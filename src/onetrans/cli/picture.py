@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from onetrans.features.encode import TensorSpec
-from onetrans.features.windows import window_bounds
-from onetrans.runtime.manifest import Manifest, StateTensor
+from onetrans.runtime.manifest import Manifest
+from onetrans.spec import TensorSpec
 
 ROW = 46
 TOP = 118
@@ -15,7 +14,7 @@ USER, CANDIDATE, INK, PAPER, FAINT = "#2f6f9f", "#b3541e", "#1f2933", "#ffffff",
 
 def draw_split(manifest: Manifest) -> str:
     """The picture; every number in it is the manifest's."""
-    layers = len(manifest.windows.keep)
+    layers = manifest.pyramid.layers
     height = TOP + (layers + 1) * ROW + 150
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1160 {height}" width="1160" height="{height}"'
@@ -29,7 +28,7 @@ def draw_split(manifest: Manifest) -> str:
     ]
     inputs = {name: graph.inputs for name, graph in manifest.graphs.items()}
     parts += _box(24, TOP, 400, 34, USER, f"S-tokens of {_listed(inputs['prefill'], 'event_')}")
-    ns = f"{manifest.model['l_ns']} NS-tokens: {_listed(inputs['decode'], 'candidate_')}"
+    ns = f"{manifest.description['candidate_tokens']}: {_listed(inputs['decode'], 'candidate_')}"
     parts += _box(806, TOP, 330, 34, CANDIDATE, ns)
     parts += _request_row(manifest)
     for layer in range(layers):
@@ -42,22 +41,23 @@ def draw_split(manifest: Manifest) -> str:
 
 
 def _summary(manifest: Manifest) -> str:
-    w = manifest.windows
+    w = manifest.pyramid
     return (
-        f"{len(w.keep)} layers, d {manifest.model['d']}, {manifest.model['heads']} heads, {manifest.precision};"
-        f" windows anchored every {w.append_chunk} events; state {_size(manifest.bytes_per_user)} per user at most"
+        f"{w.layers} layers, {manifest.description['size']}, {manifest.precision};"
+        f" windows anchored every {w.chunk} events; state {_size(manifest.bytes_per_user)} per user at most"
     )
 
 
 def _layer_row(manifest: Manifest, layer: int) -> list[str]:
-    w = manifest.windows
+    w = manifest.pyramid
     y = TOP + (layer + 1) * ROW
-    last = layer == len(w.keep) - 1
-    tensors = [t for t in manifest.state if t.window == layer]
-    capacity = tensors[0].capacity if tensors else 0
-    widest = max(t.capacity for t in manifest.state if t.window is not None)
+    last = layer == w.layers - 1
+    rows = manifest.description["candidate_rows"]
+    tensors = [t for t in manifest.state if t.is_window and t.state and t.state.layer == layer]
+    capacity = tensors[0].shape_per_user[0] if tensors else 0
+    widest = max(t.shape_per_user[0] for t in manifest.state if t.is_window)
     width = 200 + 200 * capacity / widest
-    bounds = window_bounds(max_history=w.max_history, keep=w.keep, chunk=w.append_chunk)
+    bounds = w.capacities
     queries = "no S-query" if last else f"≤ {bounds[layer + 1]} queries"
     label = f"layer {layer + 1}: ≤ {capacity} keys, {queries}"
     parts = _box(24 + (400 - width) / 2, y, width, 34, USER, label, filled=False)
@@ -66,23 +66,31 @@ def _layer_row(manifest: Manifest, layer: int) -> list[str]:
     parts += _arrow(752, y + 17, 806, CANDIDATE)
     return [
         *parts,
-        *_box(806, y, 330, 34, CANDIDATE, f"layer {layer + 1}: C × {manifest.model['l_ns']} rows attend", filled=False),
+        *_box(
+            806,
+            y,
+            330,
+            34,
+            CANDIDATE,
+            f"layer {layer + 1}: {rows} attend",
+            filled=False,
+        ),
     ]
 
 
 def _request_row(manifest: Manifest) -> list[str]:
-    names = [t.spec.name for t in manifest.state if t.window is None and not t.spec.name.startswith("user_")]
-    more = [t.spec.name for t in manifest.state if t.window is None and t.spec.name.startswith("user_")]
+    names = [t.name for t in manifest.state if not t.is_window and not t.name.startswith("user_")]
+    more = [t.name for t in manifest.state if not t.is_window and t.name.startswith("user_")]
     label = ", ".join(names) + (f" and {len(more)} of the user's NS-tokens" if more else "")
     return [*_arrow(424, TOP + 17, 462), _text(470, TOP + 22, label), *_arrow(752, TOP + 17, 806, CANDIDATE)]
 
 
-def _tensors_label(tensors: list[StateTensor]) -> str:
+def _tensors_label(tensors: list[TensorSpec]) -> str:
     if not tensors:
         return ""
-    dims = ", ".join(str(dim) for dim in tensors[0].spec.dims)
+    dims = ", ".join(str(dim) for dim in tensors[0].dims)
     size = sum(t.bytes_per_user for t in tensors)
-    return f"{', '.join(t.spec.name for t in tensors)} [{dims}] {_size(size)}"
+    return f"{', '.join(t.name for t in tensors)} [{dims}] {_size(size)}"
 
 
 def _footer(manifest: Manifest, y: float) -> list[str]:
@@ -94,7 +102,7 @@ def _footer(manifest: Manifest, y: float) -> list[str]:
         f"{len(split['dead'])} dead computations removed (S-queries of the top layer),"
         f" {len(split['dead_weights'])} weights with them",
         f"partial products of linear(concat(user, candidate)): {len(split['partial_products'])}"
-        + ("; append graph: the same forward on a non-empty state" if manifest.append_only else "; no append graph"),
+        + ("; append graph: the same forward on a non-empty state" if manifest.can_append else "; no append graph"),
     ]
     return [_text(24, y + 20 * i, line, fill=FAINT) for i, line in enumerate(lines)]
 

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from onetrans.cli.console import print_json, print_table, stages
 from onetrans.errors import ConfigError
-from onetrans.runtime.backends.registry import open_backend
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig, parse_bytes
 from onetrans.runtime.ranker import Ranker
+from onetrans.runtime.targets import open_backend
 from onetrans.sizing.arrivals import Arrivals
 from onetrans.sizing.costs import CANDIDATES, STATES, Costs, measure
 from onetrans.sizing.plan import LEAST_REQUESTS, MOST_REQUESTS, REQUESTS, Machine, Plan, make_plan
@@ -95,7 +96,7 @@ def plan_command(
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
-    mean = manifest.windows.max_history if events_mean is None else events_mean
+    mean = manifest.pyramid.max_history if events_mean is None else events_mean
     arrivals = Arrivals(events_mean=mean, **model)
     config = CacheConfig(state_memory=parse_bytes(state_memory), ttl=ttl)
     if not config.state_memory:
@@ -109,7 +110,7 @@ def plan_command(
     with stages("planning") as progress:
         if measured:
             cache = CacheConfig(state_memory=STATES * manifest.bytes_per_user)
-            ranker = Ranker(opened, open_backend(opened, threads=threads), cache)
+            ranker = Ranker(opened, open_backend(opened, options=BackendOptions(threads=threads)), cache)
             sample = arrivals.draw(users=min(arrivals.users, SAMPLE), requests=SAMPLE)
             count = CANDIDATES if candidates is None else candidates
             costs = {**dataclasses.asdict(measure(ranker, sample, candidates=count, progress=progress)), **costs}

@@ -15,6 +15,7 @@ from onetrans.cli.console import print_json, print_table, stderr
 from onetrans.errors import DataError, OutputExistsError
 from onetrans.features.requests import Request, read_requests
 from onetrans.files import write_new_text
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker, Scores
 
@@ -45,7 +46,7 @@ def score_command(
     """Score requests from JSON or Parquet with a bundle."""
     if output is not None and (output.exists() or output.is_symlink()):  # before the work, and again after it
         raise OutputExistsError(f"{output} exists already; name another path or remove it")
-    ranker = Ranker.open(bundle, threads=threads, cache=cache)
+    ranker = Ranker.open(bundle, options=BackendOptions(threads=threads), cache=cache)
     requests = read_requests(source, ranker.bundle.manifest.schema)[:limit]
     scored = []
     for index, request in enumerate(track(requests, "scoring", console=stderr(), disable=len(requests) < 20)):

@@ -10,9 +10,12 @@ from rich.table import Table
 
 from onetrans.cli.console import print_json, print_table, stages
 from onetrans.errors import ParityError
-from onetrans.parity.verify import CaseResult, StoredCase, check, read_cases, verify
-from onetrans.runtime.backends.registry import open_backend
+from onetrans.parity.cases import ParityCase, read_cases
+from onetrans.parity.comparison import CaseResult
+from onetrans.parity.verify import check, verify
+from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.bundle import Bundle
+from onetrans.runtime.targets import open_backend
 
 
 @click.command("verify")
@@ -35,9 +38,9 @@ def verify_command(bundle: Path, checkpoint: Path | None, seed: int, threads: in
     opened = Bundle.open(bundle)
     with stages(f"verifying {bundle}") as progress:
         progress("load")
-        backend = open_backend(opened, threads=threads)
+        backend = open_backend(opened, options=BackendOptions(threads=threads))
         cases = _fresh_cases(opened, checkpoint, seed, progress) if checkpoint else read_cases(opened)
-        results = verify(opened, backend, cases, progress)
+        results = verify(backend, cases, progress)
     passed = all(result.passed for result in results)
     if as_json:
         print_json({"bundle": str(bundle), "passed": passed, "cases": [dataclasses.asdict(r) for r in results]})
@@ -46,16 +49,15 @@ def verify_command(bundle: Path, checkpoint: Path | None, seed: int, threads: in
     check(results)
 
 
-def _fresh_cases(bundle: Bundle, checkpoint: Path, seed: int, progress) -> list[StoredCase]:  # type: ignore[no-untyped-def]
-    from onetrans.export.gold import build_cases
-    from onetrans.model.checkpoint import load_checkpoint, weights_hash
+def _fresh_cases(bundle: Bundle, checkpoint: Path, seed: int, progress) -> list[ParityCase]:  # type: ignore[no-untyped-def]
+    from onetrans.export.models.base import adapt
+    from onetrans.model.checkpoint import load_checkpoint
 
-    progress("gold")
-    model = load_checkpoint(checkpoint)
-    if weights_hash(model) != bundle.manifest.weights_sha256:
+    progress("reference")
+    model = adapt(load_checkpoint(checkpoint))
+    if model.weights_sha256() != bundle.manifest.weights_sha256:
         raise ParityError(f"{checkpoint} holds other weights than {bundle.path} was made from; export it again")
-    bounds = bundle.manifest.bounds
-    return build_cases(model, max_candidates=bounds["C"][1], max_users=bounds["U"][1], seed=seed)
+    return model.cases(bundle.manifest.bounds, seed)
 
 
 def _table(results: list[CaseResult]) -> Table:
@@ -64,7 +66,7 @@ def _table(results: list[CaseResult]) -> Table:
         table.add_column(column, justify="left" if column == "case" else "right")
     for r in results:
         verdict = "[green]pass[/]" if r.passed else "[red]FAIL[/]"
-        numbers = (f"{r.error:.1e}", f"{r.bound:.1e}", f"{r.reference_error:.1e}", f"{r.relative_error:.1e}")
+        numbers = (f"{r.error:.1e}", f"{r.bound:.1e}", f"{r.eager_error:.1e}", f"{r.relative_error:.1e}")
         table.add_row(
             r.name, str(r.users), str(r.candidates), *numbers, f"{r.top_k:.2f}", f"{r.rank_correlation:.4f}", verdict
         )

@@ -10,8 +10,24 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from onetrans.errors import ExportError
+from onetrans.export.models.base import Bounds, ModelAdapter
+from onetrans.export.passes.base import run_pass
+from onetrans.export.passes.drop_past import DropPast
 from onetrans.export.program import Program, from_exported
-from onetrans.features.encode import TensorSpec
+from onetrans.spec import TensorSpec
+
+
+def capture_model(model: ModelAdapter, bounds: Bounds) -> tuple[Program, Program | None]:
+    """Captures the forward once; returns it with an empty state and, where appends can be exact, with a non-empty one.
+
+    Raises:
+        ExportError: The model cannot be captured within the bounds, or another op than attention reads the past.
+    """
+    given = model.capture_inputs(bounds)
+    program = capture(model.module, given.arguments, given.specs, given.bounds, model.tasks)
+    if not any(spec.state is not None for spec in program.inputs):
+        return program, None
+    return run_pass(program, DropPast()), program
 
 
 def capture(
@@ -49,7 +65,4 @@ def capture(
         )
     except Exception as error:
         raise ExportError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
-    program = from_exported(exported, specs, outputs)
-    if len(program.results()) != len(outputs):
-        raise ExportError(f"{len(outputs)} output names were given for {len(program.results())} outputs")
-    return program
+    return from_exported(exported, specs, outputs)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from onetrans.errors import ConfigError
-
-TARGETS = ("onnx",)
-PRECISIONS: Mapping[str, tuple[str, ...]] = {"onnx": ("fp32",)}
-DTYPES = {"fp32": "float32"}
+from onetrans.precision import precision
+from onetrans.runtime import targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,24 +14,26 @@ class ExportConfig:
     """What to export to.
 
     Attributes:
-        target: One of TARGETS.
-        precision: dtype of weights, activations and state.
+        target: A name in `onetrans.runtime.targets`; the table's first by default.
+        precision: Short name of the dtype of weights, activations and state; the target's first by default.
         max_users: Greatest U of a batch.
         max_candidates: Greatest C of a request.
-        seed: Of the parity cases.
+        seed: Seed of the parity cases.
     """
 
-    target: str = "onnx"
-    precision: str = "fp32"
+    target: str = targets.TABLE[0].name
+    precision: str = ""
     max_users: int = 64
     max_candidates: int = 2048
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ConfigError(f"unknown target {self.target!r}; allowed: {', '.join(TARGETS)}")
-        if self.precision not in PRECISIONS[self.target]:
-            allowed = ", ".join(PRECISIONS[self.target])
+        row = targets.find(self.target)
+        if not self.precision:
+            object.__setattr__(self, "precision", row.precisions[0])
+        precision(self.precision)
+        if self.precision not in row.precisions:
+            allowed = ", ".join(row.precisions)
             raise ConfigError(f"target {self.target} cannot run precision {self.precision!r}; allowed: {allowed}")
         for field in ("max_users", "max_candidates"):
             if getattr(self, field) < 2:

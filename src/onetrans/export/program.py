@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,9 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from onetrans.features.encode import TensorSpec
+from onetrans.errors import ExportError
+from onetrans.precision import of_torch
+from onetrans.spec import Scope, State, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +32,13 @@ class Program:
     Attributes:
         module: Placeholders are the inputs in order, parameters and constants are `get_attr`; `meta["val"]` is kept.
         inputs: One spec per placeholder.
-        outputs: Names of the graph's outputs, in order.
+        outputs: One spec per output, in order.
         ranges: Least and greatest value of every symbol of the capture, as torch.export holds them.
     """
 
     module: fx.GraphModule
     inputs: tuple[TensorSpec, ...]
-    outputs: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
     ranges: Mapping[Any, Any]
 
     def placeholders(self) -> list[fx.Node]:
@@ -68,9 +71,44 @@ class Program:
                     found.setdefault(size.node.expr, dim)
         return found
 
+    def spec(self, node: fx.Node, name: str, scope: Scope, state: State | None = None) -> TensorSpec:
+        """The spec of a value of the graph; its symbolic sizes are in terms of the inputs' symbols, as `min(L, 79)`.
+
+        Raises:
+            ConfigError: Its dtype is none that a graph takes or gives.
+        """
+        value, symbols = node.meta["val"], self.symbols()
+        dims = tuple(dim_name(size, symbols) for size in value.shape)
+        return TensorSpec(name=name, dtype=of_torch(value.dtype).name, dims=dims, scope=scope, state=state)
+
+    def specified(self) -> Program:
+        """The same program, the outputs' specs read off its values again, as after a pass that changes shapes."""
+        specs = zip(self.results(), self.outputs, strict=True)
+        outputs = tuple(self.spec(node, old.name, old.scope, old.state) for node, old in specs)
+        return dataclasses.replace(self, outputs=outputs)
+
+
+def dim_name(size: int | torch.SymInt, symbols: Mapping[Any, str]) -> str | int:
+    """A size as an int, a symbol, or an expression of symbols such as `min(L, 79)`."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    if expression in symbols:
+        return symbols[expression]
+    if not expression.free_symbols:
+        return int(expression)
+    text = str(expression.subs({s: type(s)(symbols[s]) for s in expression.free_symbols if s in symbols}))
+    return text.replace("Min(", "min(").replace("Max(", "max(")
+
 
 def from_exported(exported: ExportedProgram, specs: Sequence[TensorSpec], outputs: Sequence[str]) -> Program:
-    """The program of an export; parameters become constants of the graph, arguments that were None go."""
+    """The program of an export; parameters become constants of the graph, arguments that were None go.
+
+    Args:
+        exported: What torch.export gave.
+        specs: One per tensor argument, in order.
+        outputs: Names of the results, which are of candidate scope: a ranking model's scores.
+    """
     constants: dict[str, torch.Tensor] = {}
     targets: dict[str, str] = {}
     for spec in exported.graph_signature.input_specs:
@@ -93,12 +131,13 @@ def from_exported(exported: ExportedProgram, specs: Sequence[TensorSpec], output
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
         copies[node].meta = dict(node.meta)
-    return Program(
-        module=fx.GraphModule(constants, graph),
-        inputs=tuple(specs),
-        outputs=tuple(outputs),
-        ranges=exported.range_constraints,
-    )
+    module = fx.GraphModule(constants, graph)
+    program = Program(module=module, inputs=tuple(specs), outputs=(), ranges=exported.range_constraints)
+    results = program.results()
+    if len(results) != len(outputs):
+        raise ExportError(f"{len(outputs)} output names were given for {len(results)} outputs; name each of them")
+    made = tuple(program.spec(node, name, "candidate") for node, name in zip(results, outputs, strict=True))
+    return dataclasses.replace(program, outputs=made)
 
 
 def to_exported(program: Program) -> ExportedProgram:

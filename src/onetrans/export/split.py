@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from onetrans.errors import ExportError
-from onetrans.export.passes.constant_folding import fold_constants
-from onetrans.export.passes.dead_code import remove_dead_code
-from onetrans.export.passes.partial_product import split_partial_products
+from onetrans.export.arguments import arguments, is_op
+from onetrans.export.passes import DEFAULT
+from onetrans.export.passes.base import PassRun, run_passes
 from onetrans.export.program import Program
 from onetrans.export.scope import HeldBack, NodeScope, analyse, held_back, is_size, state_name
-from onetrans.export.subgraph import subgraph, tensor_spec
-from onetrans.features.encode import TensorSpec
+from onetrans.export.subgraph import subgraph
+from onetrans.spec import Role, State, TensorSpec
 
-log = logging.getLogger(__name__)
-
-STATE_VALUE = "onetrans.state_value.default"
 SELECTIONS = (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor)
 
 
@@ -57,21 +53,13 @@ class Split:
     report: SplitReport
 
 
-def prepare(program: Program) -> tuple[Program, dict[str, tuple[str, ...]]]:
-    """Runs the passes; returns the program and what each did, `dead_weight` being the weights that no one reads."""
-    weights = program.weights()
-    done: dict[str, tuple[str, ...]] = {}
-    for name, run in (
-        ("dead_code", remove_dead_code),
-        ("partial_product", split_partial_products),
-        ("constant_folding", fold_constants),
-    ):
-        begin = time.perf_counter()
-        program, done[name] = run(program)
-        if name == "dead_code":
-            done["dead_weight"] = tuple(sorted(set(weights) - set(program.weights())))
-        log.info("pass %s: %d changed, %.0f ms", name, len(done[name]), 1e3 * (time.perf_counter() - begin))
-    return _erase_names(program), done
+def prepare(program: Program) -> tuple[PassRun, ...]:
+    """Runs the default passes.
+
+    Raises:
+        ExportError: A pass refused the program or failed.
+    """
+    return run_passes(program, DEFAULT)
 
 
 def split(program: Program) -> Split:
@@ -80,45 +68,60 @@ def split(program: Program) -> Split:
     Raises:
         ExportError: No output depends on a candidate, or none on a user.
     """
-    whole, done = prepare(program)
+    runs = {run.name: run for run in prepare(program)}
+    whole = runs[DEFAULT[-1].name].program
     scopes = analyse(whole)
     if any(scopes[node] != "candidate" for node in whole.results()):
         raise ExportError("an output depends on no candidate; every output of a ranking model must")
     cut = find_cut(whole, scopes)
     if not cut:
         raise ExportError("no user-scope value reaches the scores; check the scopes of the declared inputs")
-    names = {node: state_name(node) for node in cut}
-    prefill = subgraph(whole, wanted=cut, outputs=tuple(names.values()), given={})
-    decode = subgraph(whole, wanted=whole.results(), outputs=whole.outputs, given=names)
+    state = {node: _state_spec(whole, node) for node in cut}
+    prefill = subgraph(whole, wanted=state)
+    decode = subgraph(whole, wanted=dict(zip(whole.results(), whole.outputs, strict=True)), given=state)
     nodes = dict.fromkeys(("constant", "user", "candidate"), 0)
     for node in whole.module.graph.nodes:
         if node.op in ("call_function", "get_attr") and not is_size(node):
             nodes[scopes[node]] += 1
     report = SplitReport(
         nodes=nodes,
-        cut=tuple(tensor_spec(whole, node, name) for node, name in names.items()),
-        dead=done["dead_code"],
-        dead_weights=done["dead_weight"],
-        folded=done["constant_folding"],
-        partial_products=done["partial_product"],
+        cut=tuple(state.values()),
+        dead=runs["dead_code"].changed,
+        dead_weights=tuple(sorted(set(program.weights()) - set(runs["dead_code"].program.weights()))),
+        folded=runs["constant_folding"].changed,
+        partial_products=runs["partial_product"].changed,
         held_back=held_back(whole, scopes),
     )
     return Split(whole=whole, prefill=prefill, decode=decode, report=report)
 
 
-def extract(program: Program, names: tuple[str, ...]) -> Program:
-    """The user-scope graph that computes the named state values of a program, as in an append.
+def extract(program: Program, state: Sequence[TensorSpec]) -> Program:
+    """The user-scope graph that computes a state in another program, as in an append.
 
     Raises:
-        ExportError: A name is not a user-scope value of the program.
+        ExportError: The program does not compute one of the state's tensors.
     """
-    whole, _ = prepare(program)
+    whole = prepare(program)[-1].program
     scopes = analyse(whole)
-    by_name = {state_name(node): node for node in whole.module.graph.nodes if scopes[node] == "user"}
-    missing = [name for name in names if name not in by_name]
+    made: dict[tuple[Role, int | str], fx.Node] = {}
+    for node in whole.module.graph.nodes:
+        if scopes[node] == "user" and not is_size(node) and isinstance(node.meta.get("val"), torch.Tensor):
+            made[identity(node)] = node
+    missing = [spec.name for spec in state if spec.identity not in made]
     if missing:
         raise ExportError(f"the append graph does not compute {', '.join(missing)}, which decode reads")
-    return subgraph(whole, wanted=[by_name[name] for name in names], outputs=names, given={})
+    found = [made[spec.identity] for spec in state]
+    return subgraph(whole, wanted={node: _state_spec(whole, node) for node in found})
+
+
+def identity(node: fx.Node) -> tuple[Role, int | str]:
+    """Which tensor of the state a user-scope value would be: `TensorSpec.identity`."""
+    state: State = node.meta.get("state", State(role="other"))
+    return (state.role, state_name(node) if state.layer is None else state.layer)
+
+
+def _state_spec(program: Program, node: fx.Node) -> TensorSpec:
+    return program.spec(node, state_name(node), "user", node.meta.get("state", State(role="other")))
 
 
 def find_cut(program: Program, scopes: dict[fx.Node, NodeScope]) -> list[fx.Node]:
@@ -139,18 +142,6 @@ def find_cut(program: Program, scopes: dict[fx.Node, NodeScope]) -> list[fx.Node
 
 def _named_source(node: fx.Node) -> fx.Node:
     source = node
-    while source.target in SELECTIONS and "state_name" not in source.meta:
-        source = source.args[0]  # type: ignore[assignment]
+    while is_op(source, *SELECTIONS) and "state_name" not in source.meta:
+        source = arguments(source)["self"]
     return source if "state_name" in source.meta else node
-
-
-def _erase_names(program: Program) -> Program:
-    graph = program.module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and str(node.target) == STATE_VALUE:
-            source, name = node.args
-            source.meta["state_name"] = name
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
-    program.module.recompile()
-    return program

@@ -1,7 +1,8 @@
-"""Parts of a captured graph, and the names of their symbolic sizes."""
+"""Parts of a captured graph."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,23 +11,25 @@ from torch import fx
 from onetrans.errors import ExportError
 from onetrans.export.program import Program
 from onetrans.export.scope import is_size
-from onetrans.features.encode import DType, TensorSpec
-
-DTYPES: dict[torch.dtype, DType] = {
-    torch.int64: "int64",
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
+from onetrans.spec import TensorSpec
 
 
 def subgraph(
-    program: Program, *, wanted: list[fx.Node], outputs: tuple[str, ...], given: dict[fx.Node, str]
+    program: Program, *, wanted: Mapping[fx.Node, TensorSpec], given: Mapping[fx.Node, TensorSpec] | None = None
 ) -> Program:
     """The part of a program that computes `wanted` from its inputs and from the values in `given`.
 
     Sizes are not carried across: each is read again from an input that has the same symbolic size.
+
+    Args:
+        program: The whole.
+        wanted: Its values that the part returns, with the specs of the part's outputs.
+        given: Its values that the part takes, with the specs of the inputs that they become.
+
+    Raises:
+        ExportError: A value that is needed lies on the other side.
     """
+    given = given or {}
     needed: set[fx.Node] = set()
     pending = list(wanted)
     while pending:
@@ -45,10 +48,9 @@ def subgraph(
             copies[node] = graph.placeholder(spec.name)
             inputs.append(spec)
             sources.append((node, copies[node]))
-    for node, name in given.items():
-        copies[node] = graph.placeholder(name)
-        copies[node].meta = dict(node.meta)
-        inputs.append(tensor_spec(program, node, name))
+    for node, spec in given.items():
+        copies[node] = graph.placeholder(spec.name)
+        inputs.append(spec)
         sources.append((node, copies[node]))
     for node, made in sources:
         made.meta = dict(node.meta)
@@ -78,36 +80,8 @@ def subgraph(
             copies[node].meta = dict(node.meta)
     graph.output(tuple(copy(node) for node in wanted))
     return Program(
-        module=fx.GraphModule(program.module, graph), inputs=tuple(inputs), outputs=outputs, ranges=program.ranges
+        module=fx.GraphModule(program.module, graph),
+        inputs=tuple(inputs),
+        outputs=tuple(wanted.values()),
+        ranges=program.ranges,
     )
-
-
-def tensor_spec(program: Program, node: fx.Node, name: str) -> TensorSpec:
-    """The spec of a user-scope value; symbolic sizes in terms of the inputs' symbols, as `min(L, 79)`.
-
-    Raises:
-        ExportError: The value has a dtype that no graph input may have.
-    """
-    value = node.meta["val"]
-    dims = tuple(dim_name(size, program.symbols()) for size in value.shape)
-    if value.dtype not in DTYPES:
-        raise ExportError(f"{name} crosses the cut as {value.dtype}; a state holds int64 or floats of 16 or 32 bits")
-    return TensorSpec(name=name, dtype=dtype_name(value.dtype), dims=dims, scope="user")
-
-
-def dtype_name(dtype: torch.dtype) -> DType:
-    """The name of a dtype that a graph input may have."""
-    return DTYPES[dtype]
-
-
-def dim_name(size: int | torch.SymInt, symbols: dict[Any, str]) -> str | int:
-    """A size as an int, a symbol, or an expression of symbols such as `min(L, 79)`."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    expression = size.node.expr
-    if expression in symbols:
-        return symbols[expression]
-    if not expression.free_symbols:
-        return int(expression)
-    text = str(expression.subs({s: type(s)(symbols[s]) for s in expression.free_symbols if s in symbols}))
-    return text.replace("Min(", "min(").replace("Max(", "max(")

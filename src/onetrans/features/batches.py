@@ -13,7 +13,7 @@ from onetrans.features.columns import Array, Columns
 from onetrans.features.encode import encode_flat_tokens, encode_tokens, gather_padded
 from onetrans.features.logs import LABELS, Impressions, Logs
 from onetrans.features.merge import MERGES, EventColumns, Merge, TokenColumns, merge_tokens
-from onetrans.features.windows import window_starts
+from onetrans.features.windows import Pyramid
 
 Indices = Sequence[int] | NDArray[np.int64]
 
@@ -128,8 +128,8 @@ class Requests:
         Args:
             logs: What was shown and done.
             merge: How behaviours become one sequence.
-            max_history: Most tokens behind the anchor: keep_0 of `windows.window_starts`.
-            chunk: The anchor's step: c of `windows.window_starts`.
+            max_history: Most tokens behind the anchor: keep_0 of `windows.Pyramid`.
+            chunk: The anchor's step: c of `windows.Pyramid`.
         """
         if merge not in MERGES:
             raise ConfigError(f"merge {merge!r} is not one of {', '.join(MERGES)}")
@@ -212,10 +212,8 @@ class Requests:
 
     def _starts(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         distinct, which = np.unique(lengths, return_inverse=True)
-        starts = [
-            window_starts(int(length), max_history=self.max_history, keep=(), chunk=self.chunk)[0]
-            for length in distinct
-        ]
+        pyramid = Pyramid(max_history=self.max_history, keep=(self.max_history,), chunk=self.chunk)
+        starts = [pyramid.starts(int(length))[0] for length in distinct]
         return np.array(starts, dtype=np.int64)[which]
 
     def _find_histories(self, user_id: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -6,8 +6,7 @@ U users, L history tokens, C candidates. Everything ragged is left-aligned and p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,27 +14,11 @@ from numpy.typing import NDArray
 from onetrans.errors import DataError
 from onetrans.features.columns import Array, Columns, Place, parse_columns, rows_to_columns
 from onetrans.features.merge import TokenColumns
-from onetrans.features.schema import Feature, FeatureSchema, Scope
+from onetrans.features.schema import Feature, FeatureSchema
+from onetrans.precision import DType
+from onetrans.spec import Scope, TensorSpec
 
-DType = Literal["int64", "float32", "float16", "bfloat16"]
 CandidatesLike = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """One input of the model.
-
-    Attributes:
-        name: `event_…`, `history_…`, `user_…` or `candidate_…`.
-        dtype: Ids and lengths are int64, numbers float32; state may be of half precision.
-        dims: Symbols `U`, `L`, `C` and fixed widths.
-        scope: When the value is known.
-    """
-
-    name: str
-    dtype: DType
-    dims: tuple[str | int, ...]
-    scope: Scope
 
 
 def input_specs(schema: FeatureSchema) -> tuple[TensorSpec, ...]:

@@ -15,7 +15,6 @@ from onetrans.errors import ConfigError
 
 Kind = Literal["categorical", "numeric", "multi"]
 Part = Literal["event", "user", "candidate"]
-Scope = Literal["user", "candidate"]
 
 KINDS: tuple[Kind, ...] = ("categorical", "numeric", "multi")
 PARTS: tuple[Part, ...] = ("event", "user", "candidate")

@@ -1,4 +1,4 @@
-"""Anchored windows: which S-tokens a layer of the pyramid still sees.
+"""The pyramid's anchored windows: which S-tokens a layer still sees.
 
 With L events so far, chunk c, anchor A = L - L mod c and keep_0 the maximum history,
 
@@ -11,31 +11,60 @@ arXiv 2510.26104, section 3.4. Indices count from the start of the history.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onetrans.errors import ConfigError
 
 
-def window_starts(length: int, *, max_history: int, keep: Sequence[int], chunk: int) -> tuple[int, ...]:
-    """Starts s_0 ... s_n of a history of `length` tokens, one more than there are layers."""
-    anchor = length - length % chunk
-    return tuple(max(0, anchor - k) for k in (max_history, *keep))
+@dataclass(frozen=True, kw_only=True)
+class Pyramid:
+    """The windows of every layer.
 
-
-def window_bounds(*, max_history: int, keep: Sequence[int], chunk: int) -> tuple[int, ...]:
-    """Most tokens that each start can leave: the window's capacity in entry l of `window_starts`."""
-    bounds: list[int] = []
-    for k in (max_history, *keep):
-        most = k + chunk - 1
-        bounds.append(min(bounds[-1], most) if bounds else most)
-    return tuple(bounds)
-
-
-def can_append(old: int, new: int, *, max_history: int, keep: Sequence[int], chunk: int) -> bool:
-    """Whether a state of `old` tokens can grow to `new` tokens exactly: no layer's keys start elsewhere.
-
-    The last layer's own start is left out, since its S-queries feed nothing.
+    Attributes:
+        max_history: Most S-tokens that a fresh window holds at an anchor: keep_0.
+        keep: S-tokens that each layer queries, counted from the anchor: keep_1 … keep_n; never growing.
+        chunk: Events between anchors: c.
     """
-    if not 0 < old <= new:
-        return False
-    before = window_starts(old, max_history=max_history, keep=keep, chunk=chunk)
-    after = window_starts(new, max_history=max_history, keep=keep, chunk=chunk)
-    return before[:-1] == after[:-1]
+
+    max_history: int
+    keep: tuple[int, ...]
+    chunk: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.max_history, *self.keep, self.chunk)
+        if not self.keep or not all(type(size) is int and size > 0 for size in sizes):
+            raise ConfigError(
+                f"pyramid: max_history {self.max_history!r}, keep {self.keep!r} and chunk {self.chunk!r} must be whole"
+                " numbers from 1, with a keep for each layer"
+            )
+        if any(below > above for above, below in zip(sizes, self.keep, strict=False)):
+            raise ConfigError(
+                f"pyramid: keep {self.keep} must not grow from layer to layer, from {self.max_history} on"
+            )
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return len(self.keep)
+
+    def starts(self, tokens: int) -> tuple[int, ...]:
+        """First token s_0 … s_n of each window in a history of so many tokens, one more than there are layers."""
+        anchor = tokens - tokens % self.chunk
+        return tuple(max(0, anchor - keep) for keep in (self.max_history, *self.keep))
+
+    def key_starts(self, tokens: int) -> tuple[int, ...]:
+        """First key of each layer [layers]: `starts` without what leaves the last layer, which nothing reads."""
+        return self.starts(tokens)[:-1]
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Most tokens that each of `starts` can leave, one more than there are layers: entry l is layer l's window."""
+        bounds: list[int] = []
+        for keep in (self.max_history, *self.keep):
+            most = keep + self.chunk - 1
+            bounds.append(min(bounds[-1], most) if bounds else most)
+        return tuple(bounds)
+
+    def can_append(self, old: int, new: int) -> bool:
+        """Whether a state of `old` tokens can grow to `new` tokens exactly: no layer's keys start elsewhere."""
+        return 0 < old <= new and self.key_starts(old) == self.key_starts(new)

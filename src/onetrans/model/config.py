@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from onetrans.errors import ConfigError
 from onetrans.features.schema import Feature, FeatureSchema
-from onetrans.features.windows import window_bounds
+from onetrans.features.windows import Pyramid
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "merge": ("time", "intent"),
@@ -133,9 +133,9 @@ class ModelConfig:
         return tuple(rounded)
 
     @property
-    def window_bounds(self) -> tuple[int, ...]:
-        """Capacity, in tokens, of the window that enters each layer, and of what leaves the last."""
-        return window_bounds(max_history=self.max_history, keep=self.keep, chunk=self.append_chunk)
+    def pyramid(self) -> Pyramid:
+        """The windows of every layer."""
+        return Pyramid(max_history=self.max_history, keep=self.keep, chunk=self.append_chunk)
 
     def groups(self) -> tuple[tuple[str, str, tuple[Feature, ...]], ...]:
         """NS groups for the group-wise tokenizer: (name, scope, features), user-scope groups first.

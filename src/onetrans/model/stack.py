@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from onetrans.features.windows import Pyramid
 from onetrans.kernels import candidate_attention, history_attention, mixed_ffn, mixed_linear, state_value
 
 
@@ -31,9 +32,7 @@ class StackConfig:
     norm_gain: str
     output_projection: str
     eps: float
-    keep: tuple[int, ...]
-    max_history: int
-    append_chunk: int
+    pyramid: Pyramid
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,10 @@ class Windows:
 
 def layer_windows(config: StackConfig, start_U: torch.Tensor, length_U: torch.Tensor) -> Windows:
     """Windows of every layer for new tokens start … start + length - 1 of the history (the rule: features.windows)."""
-    keeps = (config.max_history, *config.keep)
+    chunk = config.pyramid.chunk
+    keeps = (config.pyramid.max_history, *config.pyramid.keep)
     start_U1, total_U1 = start_U[:, None], (start_U + length_U)[:, None]
-    anchor_U1 = total_U1 - total_U1 % config.append_chunk
+    anchor_U1 = total_U1 - total_U1 % chunk
     begins = (anchor_U1 - torch.tensor(keeps, device=start_U.device)).clamp(min=0)  # [U, layers + 1]
     firsts = torch.maximum(start_U1, begins)
     enters = firsts[:, :-1]
@@ -74,9 +74,7 @@ def layer_windows(config: StackConfig, start_U: torch.Tensor, length_U: torch.Te
         q_start=firsts[:, 1:] - enters,
         new_length=total_U1 - enters,
         past_length=(start_U1 - begins[:, :-1]).clamp(min=0),
-        capacity=tuple(
-            None if after == before else after + config.append_chunk - 1 for before, after in itertools.pairwise(keeps)
-        ),
+        capacity=tuple(None if after == before else after + chunk - 1 for before, after in itertools.pairwise(keeps)),
     )
 
 
@@ -147,7 +145,11 @@ class Block(nn.Module):
         )
         H = self.config.heads
         k, v = (part.contiguous() for part in kv.view(U, N, 2 * H, D // H).chunk(2, dim=2))
-        return state_value(k, f"k{self.index}"), state_value(v, f"v{self.index}")
+        window = {"layer": self.index, "capacity": self.config.pyramid.capacities[self.index]}
+        return (
+            state_value(k, f"k{self.index}", role="key", **window),
+            state_value(v, f"v{self.index}", role="value", **window),
+        )
 
     def history(
         self, x_UND: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: Windows, past: Segment | None
@@ -221,7 +223,7 @@ class Stack(nn.Module):
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(len(config.keep)))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.pyramid.layers))
         self.recompute = False
 
     def forward(
@@ -247,9 +249,9 @@ class Stack(nn.Module):
             The user-scope and the candidate-scope NS-tokens after the last layer, shapes as they came.
         """
         windows = layer_windows(self.config, start_U, length_U)
-        past_UN = state_value(windows.past_length, "past_lengths")
+        past_UN = state_value(windows.past_length, "past_lengths", role="past_lengths")
         lengths_UN = past_UN + windows.new_length
-        lengths_UN = state_value(lengths_UN, "lengths")
+        lengths_UN = state_value(lengths_UN, "lengths", role="lengths")
         first = 0 if user_PUD is None else user_PUD.shape[0]
         user_length_U = state_value(torch.full_like(start_U, first), "user_length")
         for index, block in enumerate(self.blocks):

@@ -1,4 +1,4 @@
-"""Serving: the bundle reader, the backends, and the Ranker. Needs no torch for the ONNX target."""
+"""Serving: the bundle reader, the backends, and the Ranker. Needs no torch for targets whose bundles are data."""
 
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onetrans.errors import BundleError
-from onetrans.runtime.external_data import external_tensors
-from onetrans.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, Graph, Manifest
+from onetrans.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from onetrans.runtime.targets import Trust, load, target_of
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MANIFEST_LIMIT = 64 << 20
@@ -33,21 +33,32 @@ class Bundle:
     contents: Mapping[str, bytes]
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Reads and checks a data bundle.
+    def open(cls, path: str | Path, *, trust: Trust = "data") -> Bundle:
+        """Reads and checks a bundle.
+
+        Args:
+            path: The folder.
+            trust: `code` also opens bundles whose files are programs, which then may do anything that you may.
 
         Raises:
-            BundleError: The folder, the manifest or a file is missing, changed, too new, or leaves the folder.
+            BundleError: The folder, the manifest or a file is missing, changed, too new, or leaves the folder; or the
+                bundle holds programs and is not trusted.
         """
         folder = Path(path)
         if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            raise BundleError(f"bundle {folder} {what}; give the folder that `onetrans export` wrote")
+            problem = "is not a folder" if folder.exists() else "does not exist"
+            raise BundleError(f"bundle {folder} {problem}; give the folder that `onetrans export` wrote")
         text = _read(folder, MANIFEST_FILE, None)
         try:
             manifest = Manifest.loads(text.decode(), str(folder / MANIFEST_FILE))
         except UnicodeDecodeError as error:
             raise BundleError(f"{folder / MANIFEST_FILE} is not text ({error}); export the bundle again") from error
+        target = target_of(folder, manifest.target)
+        if target.trust == "code" and trust != "code":
+            raise BundleError(
+                f"bundle {folder} holds programs (target {target.name}), which can do anything on this machine; if you"
+                ' trust where it came from, open it with trust="code"'
+            )
         contents = {}
         for name, stated in manifest.files.items():
             if not FILE_NAME.fullmatch(name):
@@ -58,7 +69,8 @@ class Bundle:
                 raise BundleError(f"bundle {folder} does not list {graph.file}, which a graph needs")
             if graph.weights and WEIGHTS_FILE not in contents:
                 raise BundleError(f"bundle {folder} does not list {WEIGHTS_FILE}, which {graph.file} needs")
-            _check_external_data(contents[graph.file], graph, folder)
+            if target.file_check:
+                load(target.file_check)(contents[graph.file], graph, folder / graph.file)
         return cls(folder, manifest, contents)
 
 
@@ -84,18 +96,3 @@ def _read(folder: Path, name: str, stated: Mapping[str, object] | None) -> bytes
     if stated is not None and hashlib.sha256(content).hexdigest() != stated.get("sha256"):
         raise BundleError(f"{path} was changed since it was written (sha256 differs); export the bundle again")
     return content
-
-
-def _check_external_data(content: bytes, graph: Graph, folder: Path) -> None:
-    """Refuses a graph that reads anything but the weights that the backend hands it."""
-    path = folder / graph.file
-    try:
-        tensors = external_tensors(content)
-    except ValueError as error:
-        raise BundleError(f"{path} is not the ONNX file of a bundle ({error}); do not trust this bundle") from error
-    for tensor in tensors:
-        if tensor.location != WEIGHTS_FILE or tensor.name not in graph.weights:
-            raise BundleError(
-                f"{path} refers to data outside {WEIGHTS_FILE}: tensor {tensor.name!r} lies in {tensor.location!r};"
-                " do not trust this bundle"
-            )

@@ -5,78 +5,40 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from onetrans.errors import BundleError, ConfigError
-from onetrans.features.encode import TensorSpec
+from onetrans.features.merge import MERGES, Merge
 from onetrans.features.schema import FeatureSchema
-from onetrans.features.windows import can_append, window_starts
+from onetrans.features.windows import Pyramid
+from onetrans.precision import BY_NAME, BY_SHORT
+from onetrans.spec import Scope, State, TensorSpec
 
 FORMAT = "onetrans-bundle"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
-GOLD_FILE = "gold.safetensors"
-
-DTYPE_BYTES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateTensor:
-    """One tensor of the state.
-
-    Attributes:
-        spec: As decode reads it.
-        window: The layer whose window it holds, token axis 1; None for a value that every prefill or append makes anew.
-        capacity: Most tokens in that window; 0 where `window` is None.
-    """
-
-    spec: TensorSpec
-    window: int | None
-    capacity: int
-
-    @property
-    def shape_per_user(self) -> tuple[int, ...]:
-        """The shape that a user takes at most, without the axis of users."""
-        dims = self.spec.dims[1:]
-        return tuple(
-            self.capacity if axis == 0 and self.window is not None else int(dim) for axis, dim in enumerate(dims)
-        )
-
-    @property
-    def bytes_per_user(self) -> int:
-        """Bytes that a user takes at most."""
-        return math.prod(self.shape_per_user) * DTYPE_BYTES[self.spec.dtype]
+CASES_FILE = "cases.safetensors"
+DESCRIPTION = ("size", "candidate_tokens", "candidate_rows")  # what the picture shows of a model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One graph of the bundle: its file, inputs and outputs, and the tensors of the weights file that it reads."""
+    """One graph of the bundle.
+
+    Attributes:
+        file: Its name in the folder.
+        inputs: What it takes, in order.
+        outputs: What it gives, in order.
+        weights: The tensors of the weights file that it reads.
+    """
 
     file: str
-    weights: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Windows:
-    """The pyramid's anchored windows (onetrans.features.windows)."""
-
-    max_history: int
-    keep: tuple[int, ...]
-    append_chunk: int
-
-    def starts(self, tokens: int) -> tuple[int, ...]:
-        """First token of each layer's window in a history of so many tokens [layers]."""
-        return window_starts(tokens, max_history=self.max_history, keep=self.keep, chunk=self.append_chunk)[:-1]
-
-    def can_append(self, old: int, new: int) -> bool:
-        """Whether a state of `old` tokens can grow to `new` exactly."""
-        return can_append(old, new, max_history=self.max_history, keep=self.keep, chunk=self.append_chunk)
+    weights: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +47,17 @@ class Manifest:
 
     Attributes:
         name: The model's name.
-        target: `onnx`.
-        device: What it was lowered for.
+        family: The model family that made it, by its adapter's name.
+        target: What the graphs were lowered to: a name in `onetrans.runtime.targets`.
+        device: What they were lowered for.
         precision: dtype of weights, activations and state.
-        model: The model's configuration as plain data.
+        model: The model's configuration as plain data; of every family it holds `schema` and `merge`.
+        description: Words about the model for the picture, under the names of DESCRIPTION.
         weights_sha256: Hash of the weights it was made from.
         bounds: Least and greatest U, C and L (tokens of a window); L counts from 0, an empty history.
-        windows: The anchored windows.
-        append_only: Whether appending to a state can be exact; an intent-ordered merge never is.
+        pyramid: The anchored windows.
         graphs: `prefill`, `decode`, and `append` where it can be exact.
-        state: What crosses from prefill to decode.
+        state: What crosses from prefill to decode; each tensor says its role, layer and capacity.
         tasks: Outputs of decode.
         split: The split's report, for `onetrans inspect`.
         parity: Errors measured when the bundle was made.
@@ -104,16 +67,17 @@ class Manifest:
     """
 
     name: str
+    family: str
     target: str
     device: str
     precision: str
     model: Mapping[str, Any]
+    description: Mapping[str, str]
     weights_sha256: str
     bounds: Mapping[str, tuple[int, int]]
-    windows: Windows
-    append_only: bool
+    pyramid: Pyramid
     graphs: Mapping[str, Graph]
-    state: tuple[StateTensor, ...]
+    state: tuple[TensorSpec, ...]
     tasks: tuple[str, ...]
     split: Mapping[str, Any]
     parity: Mapping[str, Any]
@@ -127,9 +91,15 @@ class Manifest:
         return FeatureSchema.from_json(self.model["schema"])
 
     @property
-    def merge(self) -> str:
+    def merge(self) -> Merge:
         """How behaviours become one sequence."""
-        return str(self.model["merge"])
+        merge: Merge = self.model["merge"]
+        return merge
+
+    @property
+    def can_append(self) -> bool:
+        """Whether appending to a state can be exact; with an intent-ordered merge it never is."""
+        return "append" in self.graphs
 
     @property
     def bytes_per_user(self) -> int:
@@ -159,9 +129,11 @@ class Manifest:
         version = body.get("schema_version")
         if type(version) is not int or version < 1:
             raise BundleError(f"{where} has schema version {version!r}; expected a whole number from 1")
-        if version > SCHEMA_VERSION:
+        if version != SCHEMA_VERSION:
+            newer = version > SCHEMA_VERSION
             raise BundleError(
-                f"{where} has schema version {version}; this release reads up to {SCHEMA_VERSION}: upgrade"
+                f"{where} has schema version {version}; this release reads version {SCHEMA_VERSION}:"
+                f" {'upgrade onetrans-export' if newer else 'export the bundle again'}"
             )
         try:
             digest = body.pop("digest", None)
@@ -177,9 +149,9 @@ class Manifest:
                 **{
                     **body,
                     "bounds": {name: (int(low), int(high)) for name, (low, high) in body["bounds"].items()},
-                    "windows": Windows(**{**body["windows"], "keep": tuple(body["windows"]["keep"])}),
+                    "pyramid": Pyramid(**{**body["pyramid"], "keep": tuple(body["pyramid"]["keep"])}),
                     "graphs": {name: _graph(graph) for name, graph in body["graphs"].items()},
-                    "state": tuple(StateTensor(**{**t, "spec": _spec(t["spec"])}) for t in body["state"]),
+                    "state": tuple(_spec(tensor) for tensor in body["state"]),
                     "tasks": tuple(body["tasks"]),
                 }
             )
@@ -192,33 +164,48 @@ class Manifest:
 
 def _check(manifest: Manifest, bytes_per_user: object) -> None:
     """Raises what `Manifest.loads` catches where a field is not what its readers take it for."""
-    for name in ("name", "target", "device", "precision", "weights_sha256", "created"):
+    for name in ("name", "family", "target", "device", "precision", "weights_sha256", "created"):
         _expect(name, getattr(manifest, name), str)
-    for name in ("model", "bounds", "graphs", "split", "parity", "tools", "files"):
+    for name in ("model", "description", "bounds", "graphs", "split", "parity", "tools", "files"):
         _expect(name, getattr(manifest, name), dict)
-    _expect("append_only", manifest.append_only, bool)
+    for name in DESCRIPTION:
+        _expect(f"description {name}", manifest.description[name], str)
     for name, file in manifest.files.items():
         _expect(f"files {name}", file, dict)
-    for name in ("prefill", "decode", *(["append"] if manifest.append_only else [])):
+    for name in ("prefill", "decode"):
         if name not in manifest.graphs:
             raise ValueError(f"graph {name!r} is absent")
     for name in ("U", "C", "L"):
         low, high = manifest.bounds[name]
         if not 0 <= low <= high:
             raise ValueError(f"bounds {name} are {low} to {high}")
-    w = manifest.windows
-    if not all(type(n) is int and n > 0 for n in (w.max_history, w.append_chunk, *w.keep)):
-        raise ValueError(f"windows {w} must be whole numbers from 1")
-    if manifest.precision not in DTYPE_BYTES:
+    if manifest.precision not in [row.name for row in BY_SHORT.values()]:
         raise ValueError(f"precision is {manifest.precision!r}")
+    _check_state(manifest)
     if not manifest.tasks or manifest.tasks != tuple(spec.name for spec in manifest.graphs["decode"].outputs):
         raise ValueError(f"tasks {manifest.tasks} are not what decode gives")
-    for name in ("d", "heads", "l_ns"):
-        _expect(f"model {name}", manifest.model[name], int)
-    _expect("model merge", manifest.model["merge"], str)
+    if manifest.model["merge"] not in MERGES:
+        raise ValueError(f"model merge is {manifest.model['merge']!r}; allowed: {', '.join(MERGES)}")
     _expect("model schema", manifest.schema, FeatureSchema)
     if manifest.bytes_per_user != bytes_per_user:
         raise ValueError(f"bytes_per_user is {bytes_per_user}, but the state takes {manifest.bytes_per_user}")
+
+
+def _check_state(manifest: Manifest) -> None:
+    """Raises where the state is not one that pools and graphs can share."""
+    if any(spec.state is None or spec.dims[:1] != ("U",) for spec in manifest.state):
+        raise ValueError("a state tensor has no role, or its first axis is not U")
+    identities = [spec.identity for spec in manifest.state]
+    if len(set(identities)) != len(identities) or len({spec.name for spec in manifest.state}) != len(identities):
+        raise ValueError("two state tensors have one name or one role and layer")
+    if sum(spec.is_lengths for spec in manifest.state) != 1:
+        raise ValueError("the state must hold the valid lengths of its windows, once")
+    for name, graph in manifest.graphs.items():
+        read = [spec.identity for spec in graph.inputs if spec.state is not None]
+        if not set(read) <= set(identities):
+            raise ValueError(f"{name} reads a state tensor that the state does not hold")
+        if name != "decode" and [spec.identity for spec in graph.outputs if spec.state is not None] != identities:
+            raise ValueError(f"{name} does not give the tensors of the state")
 
 
 def _expect(name: str, value: object, kind: type) -> None:
@@ -227,7 +214,11 @@ def _expect(name: str, value: object, kind: type) -> None:
 
 
 def _spec(data: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**data, "dims": tuple(data["dims"])})
+    state = None if data["state"] is None else State(**data["state"])
+    spec = TensorSpec(**{**data, "dims": tuple(data["dims"]), "state": state})
+    if spec.dtype not in BY_NAME or spec.scope not in get_args(Scope) or not isinstance(spec.name, str):
+        raise ValueError(f"tensor {spec.name!r} has dtype {spec.dtype!r} and scope {spec.scope!r}")
+    return spec
 
 
 def _graph(data: Mapping[str, Any]) -> Graph:

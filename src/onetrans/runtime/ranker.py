@@ -13,8 +13,7 @@ from onetrans.errors import BundleError, DataError, StateError
 from onetrans.features.encode import CandidatesLike
 from onetrans.features.merge import History
 from onetrans.features.requests import Request
-from onetrans.runtime.backends.base import Backend
-from onetrans.runtime.backends.registry import open_backend
+from onetrans.runtime.backends.base import Backend, BackendOptions
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.cache.lookup import Held, Policy
@@ -22,6 +21,7 @@ from onetrans.runtime.cache.spill import SpillFile
 from onetrans.runtime.cache.state_cache import Key, StateCache
 from onetrans.runtime.metrics import Metrics
 from onetrans.runtime.ranking import Inputs, Loaded, Pass, Scores
+from onetrans.runtime.targets import open_backend
 
 __all__ = ["Ranker", "Scores"]
 
@@ -47,7 +47,8 @@ class Ranker:
             c = self.config
             self.spill = SpillFile(bundle.manifest, self.config.spill, c.spill_memory, c.spill_precision)
         self._loaded = self._load(bundle, backend)
-        self._threads: int | None = None
+        self._device: str | None = None
+        self._options: BackendOptions | None = None
         self._stale = itertools.count(1)
         if metrics is not None:
             metrics.watch(self)
@@ -57,7 +58,8 @@ class Ranker:
         cls,
         path: str | Path,
         *,
-        threads: int | None = None,
+        device: str | None = None,
+        options: BackendOptions | None = None,
         cache: CacheConfig | None = None,
         metrics: Metrics | None = None,
     ) -> Ranker:
@@ -65,18 +67,19 @@ class Ranker:
 
         Args:
             path: The bundle.
-            threads: Of the backend; its own choice if left out.
+            device: Where to compute, as `cpu`; the first device of the bundle's target if left out. No other is tried.
+            options: What the backend may use, as its threads; its own choice if left out.
             cache: Memory for users' states and what to do with it; without, every request is prefilled.
             metrics: Where to count and time; nowhere if left out.
 
         Raises:
             BundleError: The bundle cannot be opened.
-            ConfigError: The memory does not hold two users.
-            MissingDependencyError: The backend's package is not installed.
+            ConfigError: The memory does not hold two users, or the target does not run on the device.
+            MissingDependencyError: The backend's package, driver or device is absent.
         """
         bundle = Bundle.open(path)
-        ranker = cls(bundle, open_backend(bundle, threads=threads), cache, metrics)
-        ranker._threads = threads
+        ranker = cls(bundle, open_backend(bundle, device, options), cache, metrics)
+        ranker._device, ranker._options = device, options
         return ranker
 
     @property
@@ -141,14 +144,14 @@ class Ranker:
         """
         bundle = Bundle.open(path)
         now, new = self.bundle.manifest, bundle.manifest
-        for name in ("target", "precision", "state", "windows"):
+        for name in ("target", "precision", "state", "pyramid"):
             if getattr(now, name) != getattr(new, name):
                 shown = f" ({getattr(new, name)}, not {getattr(now, name)})" if name in ("target", "precision") else ""
                 raise BundleError(
                     f"{path} cannot take the place of {self.bundle.path}: its {name} differs{shown}; open a Ranker of"
                     " its own for it"
                 )
-        self._loaded = self._load(bundle, open_backend(bundle, threads=self._threads))
+        self._loaded = self._load(bundle, open_backend(bundle, self._device, self._options))
         self._forget_other_versions()
 
     def invalidate(self, user: str) -> bool:
@@ -165,10 +168,10 @@ class Ranker:
             StateError: Something is wrong; a defect of this package.
         """
         self.cache.check_integrity()
-        windows = self.bundle.manifest.windows
+        pyramid = self.bundle.manifest.pyramid
 
         def check(key: Key, held: Held) -> None:
-            expected = [held.tokens - start for start in windows.starts(held.tokens)]
+            expected = [held.tokens - start for start in pyramid.key_starts(held.tokens)]
             found = self.pool.lengths(held.slot).tolist()
             if found != expected:
                 raise StateError(
@@ -189,7 +192,7 @@ class Ranker:
 
     def _load(self, bundle: Bundle, backend: Backend) -> Loaded:
         policy = Policy(
-            windows=bundle.manifest.windows,
+            pyramid=bundle.manifest.pyramid,
             appends="append" in bundle.manifest.graphs,
             reuse=self.config.reuse,
             stale_crossings=self.config.stale_crossings,

@@ -8,21 +8,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onetrans.errors import DataError
 from onetrans.features.encode import CandidatesLike, encode_candidates, encode_tokens, encode_users
-from onetrans.features.merge import Merge, TokenColumns, merge_tokens, parse_history
+from onetrans.features.merge import TokenColumns, merge_tokens, parse_history
 from onetrans.features.requests import Request
-from onetrans.runtime.backends.base import Backend, StatePool
+from onetrans.runtime.backends.base import Backend
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.fingerprint import RunningHash, context_digest
 from onetrans.runtime.cache.lookup import Held, Kind, Lookup, Policy, look_up
 from onetrans.runtime.cache.spill import SpillFile
 from onetrans.runtime.cache.state_cache import Key, Lease, StateCache
+from onetrans.runtime.pools.base import StatePool
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Loaded:
         """
         manifest = self.bundle.manifest
         history = parse_history(manifest.schema, request.history, where=f"{where}history")
-        tokens = merge_tokens(manifest.schema, history, cast(Merge, manifest.merge))
+        tokens = merge_tokens(manifest.schema, history, manifest.merge)
         profile = encode_users(manifest.schema, [request.profile], where=f"{where}profile")
         key = (self.version, request.user) if keep and request.user else None
         return Encoded(key, tokens, RunningHash(tokens), profile, context_digest(profile))
@@ -121,7 +122,7 @@ class Loaded:
 
     def start(self, encoded: Encoded) -> int:
         """The first token that a prefill sees."""
-        return self.bundle.manifest.windows.starts(encoded.history.tokens)[0]
+        return self.bundle.manifest.pyramid.key_starts(encoded.history.tokens)[0]
 
     def events(self, encoded: Sequence[Encoded], starts: Sequence[int]) -> Inputs:
         """History inputs [U, …] of the tokens from `starts` on."""

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onetrans.errors import BundleError
-
-DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "BOOL": np.bool_}
+from onetrans.precision import BY_SAFETENSORS
 
 
 def read_tensors(content: bytes, where: str) -> dict[str, NDArray[Any]]:
-    """Tensors of a safetensors file, as views of its bytes.
+    """Tensors of a safetensors file, as views of its bytes; each in the numpy dtype that stores its own.
 
     Raises:
         BundleError: The header does not describe the file.
@@ -38,7 +37,7 @@ def read_tensors(content: bytes, where: str) -> dict[str, NDArray[Any]]:
 
 
 def _view(content: bytes, base: int, entry: Mapping[str, Any]) -> NDArray[Any]:
-    dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+    dtype, shape = BY_SAFETENSORS[entry["dtype"]].numpy, tuple(entry["shape"])
     begin, stop = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (begin, stop, *shape)):
         raise ValueError(f"a tensor has shape {shape} at bytes {begin} to {stop}")

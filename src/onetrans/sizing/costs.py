@@ -14,7 +14,7 @@ from onetrans.bench.run import quiet_collector
 from onetrans.errors import ConfigError
 from onetrans.features.random_requests import random_request
 from onetrans.features.requests import Request
-from onetrans.runtime.manifest import Windows
+from onetrans.features.windows import Pyramid
 from onetrans.runtime.ranker import Ranker
 from onetrans.sizing.arrivals import Trace
 
@@ -72,7 +72,7 @@ def measure(
         raise ConfigError(f"candidates is {candidates}; this bundle takes {low} to {high}")
     cases: list[tuple[int, ...]] = [(int(n),) for n in np.percentile(trace.tokens, RANKS, method="nearest")]
     if "append" in manifest.graphs:
-        cases += _appends(trace, manifest.windows)
+        cases += _appends(trace, manifest.pyramid)
     users = (f"user {index}" for index in itertools.count())
     rng = np.random.default_rng(0)
     found: dict[str, list[float]] = {"prefill": [], "append": [], "decode": []}
@@ -89,11 +89,11 @@ def measure(
     return Costs(**means)
 
 
-def _appends(trace: Trace, windows: Windows) -> list[tuple[int, ...]]:
+def _appends(trace: Trace, pyramid: Pyramid) -> list[tuple[int, ...]]:
     """Histories before and after an append, few new events to many."""
     pairs = zip((trace.tokens - trace.fresh).tolist(), trace.tokens.tolist(), strict=True)
     exact = sorted(
-        (after - before, before) for before, after in pairs if before < after and windows.can_append(before, after)
+        (after - before, before) for before, after in pairs if before < after and pyramid.can_append(before, after)
     )
     chosen = [exact[len(exact) * rank // 100] for rank in RANKS] if exact else []
     return [(before, before + fresh) for fresh, before in chosen]

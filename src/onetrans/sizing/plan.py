@@ -133,7 +133,7 @@ def replay(trace: Trace, manifest: Manifest, config: CacheConfig) -> Replay:
     """
     assert config.reuse == "exact"
     assert config.spill is None
-    policy = Policy(windows=manifest.windows, appends="append" in manifest.graphs)
+    policy = Policy(pyramid=manifest.pyramid, appends="append" in manifest.graphs)
     slots, working = config.slots(manifest.bytes_per_user)
     now = 0.0
     cache = StateCache(slots, working=working, ttl=config.ttl, clock=lambda: now)
@@ -154,7 +154,7 @@ def replay(trace: Trace, manifest: Manifest, config: CacheConfig) -> Replay:
             if found.recompute:
                 lease.commit(key, Held(slot=slot, tokens=tokens, events=found.events, context=digest))
         kinds.append(found.kind)
-        computed.append(found.fresh if found.held else tokens - policy.windows.starts(tokens)[0])
+        computed.append(found.fresh if found.held else tokens - policy.pyramid.starts(tokens)[0])
         renewed.append(found.held is not None and found.recompute)
     cache.check_integrity()
     counts = cache.counts - before

@@ -1,49 +1,39 @@
-"""The contract of a backend: state slots, prefill, append and decode, with the state kept where it computes."""
+"""The contract of a backend: prefill, append and decode over a pool of states that stay where it computes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onetrans.errors import ConfigError
+from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.manifest import Manifest
+from onetrans.runtime.pools.base import Arrays, StatePool
 
-Arrays = Mapping[str, NDArray[Any]]
 
-
-class StatePool(ABC):
-    """A fixed number of user slots on the backend's device, allocated once; each holds one user's whole state.
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """What a backend may use.
 
     Attributes:
-        slots: How many users fit.
-        nbytes: Bytes allocated: `slots` times the manifest's bytes per user.
+        threads: Threads of one graph run, from 1; None leaves the choice to the engine.
     """
 
-    slots: int
-    nbytes: int
+    threads: int | None = None
 
-    @abstractmethod
-    def lengths(self, slot: int) -> NDArray[np.int64]:
-        """Valid tokens of each layer's window in a slot [layers]."""
-
-    @abstractmethod
-    def copy(self, source: int, target: int, drop: Sequence[int]) -> None:
-        """Copies a slot's state; of layer l's window the first `drop[l]` tokens are left out."""
-
-    @abstractmethod
-    def read(self, slot: int) -> dict[str, NDArray[Any]]:
-        """A copy on the host: every state tensor by name [1, …], windows cut to their valid tokens (at least one)."""
-
-    @abstractmethod
-    def write(self, slot: int, state: Arrays) -> None:
-        """Takes what `read` gave."""
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
 
 
 class Backend(ABC):
-    """One engine with one bundle loaded. Inputs are those of `onetrans.features.encode`, checked by the caller.
+    """One engine on one device with one bundle loaded.
+
+    Inputs are those of `onetrans.features.encode`, checked by the caller.
 
     Calls from several threads are safe as long as no two use one slot at a time.
 
@@ -56,6 +46,15 @@ class Backend(ABC):
     manifest: Manifest
     device: str
     dtype: str
+
+    @abstractmethod
+    def __init__(self, bundle: Bundle, options: BackendOptions) -> None:
+        """Loads a bundle.
+
+        Raises:
+            BundleError: The engine cannot load a graph.
+            MissingDependencyError: The engine's package, driver or device is absent.
+        """
 
     @abstractmethod
     def allocate(self, slots: int) -> StatePool:
@@ -74,7 +73,7 @@ class Backend(ABC):
         """Grows the states in `slots` by new events in place; `history_start` is each user's length before.
 
         Of a user without new events, only what depends on profile and context is made anew. Should it fail, the states
-        are as they were. Exact only where `onetrans.features.windows.can_append` holds; the caller checks.
+        are as they were. Exact only where `Pyramid.can_append` holds; the caller checks.
 
         Raises:
             BundleError: The bundle has no append graph.

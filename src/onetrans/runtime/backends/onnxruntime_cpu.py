@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onetrans.errors import BundleError, MissingDependencyError
-from onetrans.runtime.backends.base import Arrays, Backend, StatePool
+from onetrans.runtime.backends.base import Backend, BackendOptions
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.manifest import WEIGHTS_FILE, Graph
+from onetrans.runtime.pools.base import Arrays, StatePool
 from onetrans.runtime.pools.host import HostPool
 from onetrans.runtime.tensors import read_tensors
+from onetrans.spec import TensorSpec
 
 
 def import_onnxruntime() -> ModuleType:
@@ -43,7 +45,9 @@ class OnnxRuntimeCpu(Backend):
 
     device = "cpu"
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, options: BackendOptions | None = None) -> None:
+        """See `Backend.__init__`."""
+        options = options or BackendOptions()
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.dtype = bundle.manifest.precision
@@ -52,7 +56,7 @@ class OnnxRuntimeCpu(Backend):
             name: self.ort.OrtValue.ortvalue_from_numpy(view)
             for name, view in read_tensors(bundle.contents[WEIGHTS_FILE], WEIGHTS_FILE).items()
         }
-        self._sessions = {name: self._session(graph, threads) for name, graph in self.manifest.graphs.items()}
+        self._sessions = {name: self._session(graph, options.threads) for name, graph in self.manifest.graphs.items()}
 
     def _session(self, graph: Graph, threads: int | None) -> Any:
         options = self.ort.SessionOptions()
@@ -77,12 +81,12 @@ class OnnxRuntimeCpu(Backend):
         """See `Backend.prefill`."""
         assert isinstance(pool, HostPool)
         for users in alike(inputs["history_length"]):
-            part = _of_users(inputs, users)
+            part, tokens = self._of_users("prefill", inputs, users)
             into = [slots[u] for u in users]
             if len(users) == 1:
-                self._run_into("prefill", part, pool.fresh(into[0], part["event_behaviour"].shape[1]))
+                self._run_into("prefill", part, pool.fresh(into[0], tokens))
             else:
-                nothing = np.zeros((len(users), len(self.manifest.windows.keep)), np.int64)
+                nothing = np.zeros((len(users), self.manifest.pyramid.layers), np.int64)
                 pool.store(into, self._run("prefill", part), nothing)
 
     def append(self, pool: StatePool, slots: Sequence[int], inputs: Arrays) -> None:
@@ -93,14 +97,13 @@ class OnnxRuntimeCpu(Backend):
                 f"{self.bundle.path} has no append graph: its {self.manifest.merge} merge always prefills"
             )
         made = []
-        for users in alike(inputs["history_length"], _windows(pool, slots)):
-            part = _of_users(inputs, users)
+        for users in alike(inputs["history_length"], _first_windows(pool, slots)):
+            part, _ = self._of_users("append", inputs, users)
             into = [slots[u] for u in users]
-            past = pool.gather([name.removeprefix("past_") for name in self._reads("append", "past_")], into)
-            grown = self._run("append", {**part, **{f"past_{name}": value for name, value in past.items()}})
+            grown = self._run("append", {**part, **pool.gather(self._state_read("append"), into)})
             made.append((into, grown, np.stack([pool.lengths(slot) for slot in into])))
-        for into, grown, held in made:
-            pool.store(into, grown, held)
+        for into, grown, kept in made:
+            pool.store(into, grown, kept)
 
     def decode(
         self, pool: StatePool, slots: Sequence[int], inputs: Arrays, counts: NDArray[np.int64]
@@ -109,42 +112,55 @@ class OnnxRuntimeCpu(Backend):
         assert isinstance(pool, HostPool)
         U, C = len(counts), int(counts.max())
         logits = {task: np.zeros((U, C), np.float32) for task in self.manifest.tasks}
-        for users in alike(counts, _windows(pool, slots)):
+        for users in alike(counts, _first_windows(pool, slots)):
             most = int(counts[users].max())
             own = {
-                name: value[users][:, :most] if name.startswith("candidate_") else value[users]
-                for name, value in inputs.items()
+                spec.name: inputs[spec.name][users][:, :most] if spec.scope == "candidate" else inputs[spec.name][users]
+                for spec in self.manifest.graphs["decode"].inputs
+                if spec.state is None
             }
             if len(users) == most == 1:
                 # A single row takes another kernel, which sums in another order (off by up to 20 ulp of the logit):
                 # score it twice, so that a candidate's score does not depend on its company.
-                own = {n: np.repeat(v, 2, axis=1) if n.startswith("candidate_") else v for n, v in own.items()}
+                candidate = [spec.name for spec in self.manifest.graphs["decode"].inputs if spec.scope == "candidate"]
+                own |= {name: np.repeat(own[name], 2, axis=1) for name in candidate}
             into = [slots[u] for u in users]
-            state = pool.gather([name for name in self._reads("decode") if name in pool.tensors], into)
-            made = self._run("decode", {**own, **state})
-            for task, value in made.items():
+            made = self._run("decode", {**own, **pool.gather(self._state_read("decode"), into)})
+            for task, value in zip(self.manifest.tasks, made, strict=True):
                 logits[task][users, :most] = value[:, :most]
         return logits
 
-    def _reads(self, name: str, prefix: str = "") -> list[str]:
-        """Inputs of a graph whose names begin so."""
-        return [spec.name for spec in self.manifest.graphs[name].inputs if spec.name.startswith(prefix)]
+    def _state_read(self, name: str) -> list[TensorSpec]:
+        """What a graph reads of the state."""
+        return [spec for spec in self.manifest.graphs[name].inputs if spec.state is not None]
 
-    def _run(self, name: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Runs a graph; contiguous inputs are read where they are."""
+    def _of_users(self, name: str, inputs: Arrays, users: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], int]:
+        """A graph's inputs of some users, their events cut to the longest of them; and how many that leaves."""
+        longest = max(1, int(inputs["history_length"][users].max()))
         graph = self.manifest.graphs[name]
-        values = self._sessions[name].run(None, {spec.name: inputs[spec.name] for spec in graph.inputs})
-        return {spec.name: value for spec, value in zip(graph.outputs, values, strict=True)}
+        events = {spec.name for spec in graph.inputs if spec.dims[1:2] == ("L",)}
+        return {
+            spec.name: inputs[spec.name][users][:, :longest] if spec.name in events else inputs[spec.name][users]
+            for spec in graph.inputs
+            if spec.state is None
+        }, longest
 
-    def _run_into(self, name: str, inputs: Arrays, outputs: Arrays) -> None:
+    def _run(self, name: str, inputs: Arrays) -> list[NDArray[Any]]:
+        """Runs a graph; contiguous inputs are read where they are. Outputs are in the graph's order."""
+        graph = self.manifest.graphs[name]
+        made: list[NDArray[Any]] = self._sessions[name].run(
+            None, {spec.name: inputs[spec.name] for spec in graph.inputs}
+        )
+        return made
+
+    def _run_into(self, name: str, inputs: Arrays, outputs: Sequence[NDArray[Any]]) -> None:
         """Runs a graph that writes its results into `outputs`."""
         graph = self.manifest.graphs[name]
         binding = self._sessions[name].io_binding()
         kept = [np.ascontiguousarray(inputs[spec.name]) for spec in graph.inputs]  # read by address
         for spec, value in zip(graph.inputs, kept, strict=True):
             binding.bind_input(spec.name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-        for spec in graph.outputs:
-            value = outputs[spec.name]
+        for spec, value in zip(graph.outputs, outputs, strict=True):
             assert value.flags.c_contiguous
             binding.bind_output(spec.name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
         self._sessions[name].run_with_iobinding(binding)
@@ -168,14 +184,6 @@ def _alike(users: NDArray[np.int64], sizes: NDArray[np.int64]) -> list[NDArray[n
     return [np.sort(np.array(group, dtype=np.int64)) for group in groups]
 
 
-def _windows(pool: HostPool, slots: Sequence[int]) -> NDArray[np.int64]:
+def _first_windows(pool: HostPool, slots: Sequence[int]) -> NDArray[np.int64]:
     """Tokens of each user's first window, the widest [U]."""
     return np.array([pool.lengths(slot)[0] for slot in slots], dtype=np.int64)
-
-
-def _of_users(inputs: Arrays, users: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """The inputs of some users, their events cut to the longest of them."""
-    longest = max(1, int(inputs["history_length"][users].max()))
-    return {
-        name: value[users][:, :longest] if name.startswith("event_") else value[users] for name, value in inputs.items()
-    }

@@ -18,10 +18,10 @@ from onetrans.errors import ExportError
 from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.passes.keep_rows import selected_from
 from onetrans.export.program import Program
-from onetrans.export.subgraph import dtype_name
 from onetrans.export.targets.triton.linears import linears_as_kernels
 from onetrans.export.targets.triton.nodes import call, copied
-from onetrans.features.encode import TensorSpec
+from onetrans.precision import of_torch
+from onetrans.spec import TensorSpec
 
 aten = torch.ops.aten
 SLOTS = "slots"
@@ -55,7 +55,7 @@ def lower(program: Program) -> Program:
             for index, argument in enumerate(node.args):
                 if stem == "candidate_attention" and index < 3:
                     node.update_arg(index, _uncopied(argument))
-    return remove_dead_code(program)[0]
+    return remove_dead_code(program)
 
 
 def _queried_rows(program: Program) -> Program:
@@ -115,7 +115,7 @@ def _state_in_slabs(program: Program) -> Program:
     """Reads and writes the windows of K and V in slabs instead of taking and returning them."""
     layers = _Layers()
     layers.take_apart(program)
-    results = dict(zip(program.outputs, program.results(), strict=True))
+    results = {spec.name: node for spec, node in zip(program.outputs, program.results(), strict=True)}
     given = {spec.name: node for spec, node in zip(program.inputs, program.placeholders(), strict=True)}
     written = {name: node for name, node in results.items() if WINDOW.fullmatch(name)}
     read = {name: node for name, node in given.items() if WINDOW.fullmatch(name.removeprefix("past_"))}
@@ -135,8 +135,9 @@ def _state_in_slabs(program: Program) -> Program:
     kept = {name: node for name, node in results.items() if name not in written}
     (output,) = (node for node in program.module.graph.nodes if node.op == "output")
     output.args = (tuple(kept.values()),)
+    outputs = tuple(spec for spec in program.outputs if spec.name in kept)
     specs = (*program.inputs, *(spec for _, spec in inputs.values()))
-    program, _ = remove_dead_code(dataclasses.replace(program, inputs=specs, outputs=tuple(kept)))
+    program = remove_dead_code(dataclasses.replace(program, inputs=specs, outputs=outputs))
     for node, spec in zip(program.placeholders(), program.inputs, strict=True):
         if spec.name in read:
             if node.users:
@@ -162,7 +163,7 @@ def _slab(name: str, window: fx.Node) -> tuple[torch.Tensor, TensorSpec]:
         slab = torch.empty((2, W, H, E), dtype=value.dtype, device=value.device)
     return slab, TensorSpec(
         name=f"{name[0]}_state{name[1:]}",
-        dtype=dtype_name(value.dtype),
+        dtype=of_torch(value.dtype).name,
         dims=("S", f"W{name[1:]}", int(H), int(E)),
         scope="user",
     )

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,15 +17,17 @@ from onnxscript.ir.passes.common import CommonSubexpressionEliminationPass, Remo
 
 from onetrans.errors import ExportError
 from onetrans.export.program import Program, to_exported
+from onetrans.export.targets.base import Artifact
 from onetrans.export.targets.onnx.candidate_attention import candidate_attention
+from onetrans.export.targets.onnx.files import INLINE_BYTES
 from onetrans.export.targets.onnx.history_attention import history_attention
 from onetrans.export.targets.onnx.mixed_ffn import mixed_ffn
 from onetrans.export.targets.onnx.mixed_linear import mixed_linear
-from onetrans.features.encode import TensorSpec
+from onetrans.spec import TensorSpec
+
+log = logging.getLogger(__name__)
 
 OPSET = 23
-INLINE_BYTES = 1024  # smaller constants stay in the graph
-
 LOWERINGS: dict[str, Callable[..., Any]] = {
     "mixed_linear": mixed_linear,
     "mixed_ffn": mixed_ffn,
@@ -33,13 +36,24 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
 }
 
 
-def lower(program: Program, outputs: Sequence[TensorSpec], name: str) -> ir.Model:
-    """The program as an ONNX model; weights are still inside.
+def lower(programs: Mapping[str, Program]) -> dict[str, Artifact[ir.Model]]:
+    """Lowers every program to an ONNX model: `onetrans.export.targets.base.Lowering.lower`."""
+    artifacts = {}
+    for name, program in programs.items():
+        began = time.perf_counter()
+        model = lower_program(program, name)
+        nodes = sum(1 for _ in model.graph.all_nodes())
+        log.info("lower %s: %d nodes, %.0f ms", name, nodes, 1e3 * (time.perf_counter() - began))
+        artifacts[name] = Artifact(value=model, inputs=program.inputs, outputs=program.outputs)
+    return artifacts
+
+
+def lower_program(program: Program, name: str) -> ir.Model:
+    """Lowers one program to an ONNX model; weights are still inside.
 
     Args:
         program: A prefill, append or decode graph.
-        outputs: One per output; their names and symbolic shapes become the graph's.
-        name: Of the graph.
+        name: What the model's graph is called.
 
     Raises:
         ExportError: An op has no lowering, or the exporter fails.
@@ -71,7 +85,7 @@ def lower(program: Program, outputs: Sequence[TensorSpec], name: str) -> ir.Mode
     _clean(model, {str(symbol): dim for symbol, dim in program.symbols().items()})
     _name_constants(model.graph)
     _rename(model.graph.inputs, program.inputs)
-    _rename(model.graph.outputs, outputs)
+    _rename(model.graph.outputs, program.outputs)
     model.producer_name, model.producer_version = "onetrans-export", ""
     return model
 
@@ -163,75 +177,6 @@ def _rename(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
     for value, spec in zip(values, specs, strict=True):
         value.name = spec.name
         value.shape = ir.Shape(list(spec.dims))
-
-
-def external_weights(models: Mapping[str, ir.Model]) -> tuple[dict[str, torch.Tensor], dict[tuple[str, str], str]]:
-    """The constants of all graphs that go into the weights file, equal ones once.
-
-    Returns:
-        Tensors by name, and for (graph, initializer) the name its tensor has there.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    where: dict[tuple[str, str], str] = {}
-    for graph, model in models.items():
-        for initializer in model.graph.initializers.values():
-            assert initializer.const_value is not None
-            assert initializer.name is not None
-            if initializer.const_value.nbytes < INLINE_BYTES:
-                continue
-            value = _as_torch(initializer.const_value)
-            stem, name, count = initializer.name, initializer.name, 1
-            while name in tensors and not _same(tensors[name], value):
-                count += 1
-                name = f"{stem}.{count}"
-            tensors[name] = value
-            where[graph, initializer.name] = name
-    return tensors, where
-
-
-def serialise(model: ir.Model, names: Mapping[str, str], offsets: Mapping[str, tuple[int, int]], file: str) -> bytes:
-    """The model's bytes with its large initializers in `file`.
-
-    Args:
-        model: As `lower` gives it.
-        names: Initializer to its tensor in the weights file.
-        offsets: Tensor to (offset, length) in that file, bytes.
-        file: The weights file, beside the model.
-    """
-    for initializer in list(model.graph.initializers.values()):
-        assert initializer.name is not None
-        if initializer.name not in names:
-            continue
-        tensor = initializer.const_value
-        assert tensor is not None
-        offset, length = offsets[names[initializer.name]]
-        name = names[initializer.name]
-        if name != initializer.name:
-            model.graph.initializers.pop(initializer.name)
-            initializer.name = name
-            model.graph.initializers[name] = initializer
-        initializer.const_value = ir.ExternalTensor(
-            file,
-            offset,
-            length,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
-        )
-    proto = ir.to_proto(model)
-    content: bytes = proto.SerializeToString(deterministic=True)
-    return content
-
-
-def _as_torch(tensor: Any) -> torch.Tensor:
-    raw = getattr(tensor, "raw", None)
-    if isinstance(raw, torch.Tensor):
-        return raw.detach().contiguous()
-    return torch.from_numpy(tensor.numpy().copy())
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
 @contextlib.contextmanager

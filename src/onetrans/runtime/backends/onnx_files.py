@@ -1,4 +1,4 @@
-"""Finds the external data that an ONNX file asks for, without onnx or protobuf: a serving host needs neither.
+"""Refuses an ONNX file that reads data outside its bundle, without onnx or protobuf: a serving host needs neither.
 
 Of the protobuf encoding (protobuf.dev/programming-guides/encoding) it reads what leads to a TensorProto in onnx.proto.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+from onetrans.errors import BundleError
+from onetrans.runtime.manifest import WEIGHTS_FILE, Graph
 
 # Message to {field number: message}; the numbers of onnx.proto.
 MESSAGES: dict[str, dict[int, str]] = {
@@ -30,6 +34,29 @@ class ExternalTensor:
 
     name: str
     location: str
+
+
+def check_graph(content: bytes, graph: Graph, path: Path) -> None:
+    """Refuses a graph that reads anything but the weights that the backend hands it.
+
+    Args:
+        content: The file's bytes.
+        graph: What the manifest says of it.
+        path: The file, for the words of an error.
+
+    Raises:
+        BundleError: It does, or is no ONNX file as bundles hold them.
+    """
+    try:
+        tensors = external_tensors(content)
+    except ValueError as error:
+        raise BundleError(f"{path} is not the ONNX file of a bundle ({error}); do not trust this bundle") from error
+    for tensor in tensors:
+        if tensor.location != WEIGHTS_FILE or tensor.name not in graph.weights:
+            raise BundleError(
+                f"{path} refers to data outside {WEIGHTS_FILE}: tensor {tensor.name!r} lies in {tensor.location!r};"
+                " do not trust this bundle"
+            )
 
 
 def external_tensors(model: bytes) -> list[ExternalTensor]:
