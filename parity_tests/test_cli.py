@@ -273,7 +273,7 @@ def test_score_keeps_states_where_asked(run_here: Command, tiny_bundle: Path, tm
     given = ("score", tiny_bundle, "--input", tmp_path / "requests.json", "--json")
     plain = one_object(run_here(*given).stdout)["requests"]
     assert {found["result"] for found in plain} == {"prefill"}
-    for more in ((), ("--spill", tmp_path, "--spill-memory", "1MB", "--ttl", "100", "--reuse", "stale")):
+    for more in ((), ("--offload", tmp_path, "--offload-memory", "1MB", "--ttl", "100", "--reuse", "stale")):
         memory = "240KB" if more else "2MB"  # two users, one of them at work; or all
         done = run_here(*given, "--state-memory", memory, *more)
         assert (done.returncode, done.stderr) == (0, "")
@@ -287,13 +287,13 @@ def test_score_keeps_states_where_asked(run_here: Command, tiny_bundle: Path, tm
     ("options", "words"),
     [
         (["--ttl", "5"], "--ttl is about kept states; give --state-memory as well, as 4GiB"),
-        (["--spill-memory", "1GB"], "--spill-memory is about kept states; give --state-memory as well, as 4GiB"),
+        (["--offload-memory", "1GB"], "--offload-memory is about kept states; give --state-memory as well, as 4GiB"),
         (["--state-memory", "lots"], "'lots' is not a size; give a number with B, KB"),
         (
             ["--state-memory", "100KB"],
             "holds 0 users of 114192 bytes; give at least 228384",
         ),
-        (["--state-memory", "1MB", "--spill-memory", "1GB"], "give both or neither"),
+        (["--state-memory", "1MB", "--offload-memory", "1GB"], "give both or neither"),
         (["--state-memory", "1MB", "--reuse", "never"], "'never' is not one of 'exact', 'stale'"),
         (["--state-memory", "1MB", "--ttl", "0"], "ttl is 0.0; give seconds above 0"),
     ],

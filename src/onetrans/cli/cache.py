@@ -10,9 +10,8 @@ from typing import Any, get_args
 import click
 
 from onetrans.errors import ConfigError
-from onetrans.runtime.cache.config import CacheConfig, parse_bytes
+from onetrans.runtime.cache.config import OFFLOAD_PRECISIONS, CacheConfig, parse_bytes
 from onetrans.runtime.cache.lookup import Reuse
-from onetrans.runtime.cache.spill import SpillPrecision
 
 OPTIONS = (
     click.option("--state-memory", help="Keep the states of returning users in this much memory, as 4GiB."),
@@ -23,10 +22,10 @@ OPTIONS = (
         help="exact: scores of a fresh prefill; stale: carry states across anchors, and measure the drift."
         "  [default: exact]",
     ),
-    click.option("--spill", type=click.Path(path_type=Path), help="Folder for states that do not fit the memory."),
-    click.option("--spill-memory", help="Bytes there, as 50GiB."),
+    click.option("--offload", type=click.Path(path_type=Path), help="Folder for states that do not fit the memory."),
+    click.option("--offload-memory", help="Bytes there, as 50GiB."),
     click.option(
-        "--spill-precision", type=click.Choice(get_args(SpillPrecision)), help="Of states there.  [default: same]"
+        "--offload-precision", type=click.Choice(OFFLOAD_PRECISIONS), help="Of states there.  [default: same]"
     ),
 )
 
@@ -36,18 +35,18 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def with_cache(
-        *args: Any, state_memory: str | None, spill: Path | None, spill_memory: str | None, **kwargs: Any
+        *args: Any, state_memory: str | None, offload: Path | None, offload_memory: str | None, **kwargs: Any
     ) -> Any:
-        named = {name: kwargs.pop(name) for name in ("ttl", "reuse", "spill_precision")}
-        given = {name: value for name, value in {**named, "spill": spill}.items() if value is not None}
+        named = {name: kwargs.pop(name) for name in ("ttl", "reuse", "offload_precision")}
+        given = {name: value for name, value in {**named, "offload": offload}.items() if value is not None}
         if state_memory is None:
-            if given or spill_memory is not None:
-                name = next(iter(given), "spill_memory").replace("_", "-")
+            if given or offload_memory is not None:
+                name = next(iter(given), "offload_memory").replace("_", "-")
                 raise ConfigError(f"--{name} is about kept states; give --state-memory as well, as 4GiB")
             return command(*args, cache=None, **kwargs)
         config = CacheConfig(
             state_memory=parse_bytes(state_memory),
-            spill_memory=0 if spill_memory is None else parse_bytes(spill_memory),
+            offload_memory=0 if offload_memory is None else parse_bytes(offload_memory),
             **given,
         )
         return command(*args, cache=config, **kwargs)
