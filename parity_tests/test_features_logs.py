@@ -14,9 +14,9 @@ import pytest
 from onetrans.errors import ConfigError, DataError, MissingDependencyError, OutputExistsError
 from onetrans.features.batches import Requests, index_requests, split_by_time
 from onetrans.features.encode import encode_candidates, encode_tokens, encode_users, input_specs
+from onetrans.features.encoder import RequestEncoder
 from onetrans.features.logs import Events, Impressions, Logs, read_logs, write_logs
 from onetrans.features.merge import merge_tokens, parse_history
-from onetrans.features.encoder import RequestEncoder
 from onetrans.features.requests import Request, read_requests, write_requests
 from onetrans.features.schema import Feature, FeatureSchema
 from onetrans.features.synthetic.logs import generate
@@ -398,7 +398,9 @@ def test_wrong_request_files(tmp_path: Path, text: str | bytes, words: str) -> N
         pytest.param({"history": 7}, "history is 7; give a list", id="history"),
         pytest.param({"profile": {"age": 10}}, "profile: age of user 0 is 10; ids", id="profile"),
         pytest.param(
-            {"candidates": [{"item_id": 4}, {"item_id": 10}]}, "candidates: item_id of candidate 1 is 10", id="candidate"
+            {"candidates": [{"item_id": 4}, {"item_id": 10}]},
+            "candidates: item_id of candidate 1 is 10",
+            id="candidate",
         ),
     ],
 )

@@ -86,6 +86,7 @@ def test_a_wrong_argument_is_refused_in_one_line(arguments, message):
     assert done.stderr.splitlines()[-1] == message
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_the_suites_code_and_keeps_nothing():
     before = {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
     named = [

@@ -165,9 +165,7 @@ class BatchRanking:
     def _plan(self, lease: Lease) -> list[UserPlan]:
         """Plans for everyone, with all the slots that they need together."""
         lookups = [self._look_up(lease, user) for user in self.users]
-        checks = [
-            lookup.kind == "stale" and not lookup.offloaded and self.context.drift_is_due() for lookup in lookups
-        ]
+        checks = [lookup.kind == "stale" and not lookup.offloaded and self.context.drift_is_due() for lookup in lookups]
         needs = [needs_slot(lookup, checks_drift=check) for lookup, check in zip(lookups, checks, strict=True)]
         taken = iter(lease.take(sum(needs)))
         return [

@@ -82,7 +82,9 @@ class OffloadFile:
         self.bytes_per_user = offset
         self.slots = size // offset
         if self.slots < 1:
-            raise ConfigError(f"offload memory of {size} bytes holds no state of {offset} bytes; give at least {offset}")
+            raise ConfigError(
+                f"offload memory of {size} bytes holds no state of {offset} bytes; give at least {offset}"
+            )
         try:
             with contextlib.ExitStack() as undo:
                 self._file = undo.enter_context(

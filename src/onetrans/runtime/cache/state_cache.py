@@ -177,7 +177,9 @@ class StateCache:
         with self._changed:
             self._queue.append(turn)
             try:  # in turn, since one who needs many would wait forever behind those who need one
-                self._changed.wait_for(lambda: self._queue[0] is turn and len(self._leased) + count <= self.compute_slots)
+                self._changed.wait_for(
+                    lambda: self._queue[0] is turn and len(self._leased) + count <= self.compute_slots
+                )
                 taken = [self._free.pop() for _ in range(count)]
                 self._leased.update(taken)
             finally:
