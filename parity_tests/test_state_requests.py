@@ -181,10 +181,10 @@ def set_windows(body: dict[str, Any]) -> None:
 
 def set_state(body: dict[str, Any]) -> None:
     tensor = next(
-        tensor for tensor in body["state"] if tensor["window"] is None and tensor["spec"]["dtype"] == "float32"
+        tensor for tensor in body["state"] if tensor["state"]["role"] == "other" and tensor["dtype"] == "float32"
     )
-    body["bytes_per_user"] += 4 * (8 - tensor["spec"]["dims"][-1]) * int(np.prod(tensor["spec"]["dims"][1:-1]))
-    tensor["spec"]["dims"][-1] = 8
+    body["bytes_per_user"] += 4 * (8 - tensor["dims"][-1]) * int(np.prod(tensor["dims"][1:-1]))
+    tensor["dims"][-1] = 8
 
 
 @pytest.mark.parametrize(
