@@ -10,7 +10,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.utils import _pytree as pytree
 
 
-def differentiate_by_reference(op: CustomOpDef, reference: Callable[..., torch.Tensor]) -> None:
+def differentiate_by_reference(op: CustomOpDef, reference: Callable[..., Any]) -> None:
     """Registers a backward that runs `reference` again under autograd; only the op's inputs are kept alive."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

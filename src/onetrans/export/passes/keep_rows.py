@@ -16,7 +16,7 @@ from onetrans.export.rebuild import Builder, rebuild
 
 aten = torch.ops.aten
 HISTORY = torch.ops.onetrans.history_attention.default
-VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+TAKE_ROWS = torch.ops.onetrans.take_rows.default
 
 
 class KeepRows(Pass):
@@ -64,9 +64,5 @@ class KeepRows(Pass):
 
 
 def selected_from(node: fx.Node) -> fx.Node | None:
-    """x [U, N, D], where the node is x's chosen rows [U, rows, D] (`take_rows` of the model's stack)."""
-    picked = arguments(node)["self"] if is_op(node, *VIEWS) else None
-    if picked is None or not is_op(picked, aten.index_select.default):
-        return None
-    flat = arguments(picked)["self"]
-    return arguments(flat)["self"] if is_op(flat, *VIEWS) else None
+    """x [U, N, D], where the node is x's chosen rows [U, rows, D]."""
+    return arguments(node)["x"] if is_op(node, TAKE_ROWS) else None

@@ -28,7 +28,7 @@ def candidate_attention(
     keys: Sequence[Value],
     values: Sequence[Value],
     lengths: Sequence[Value],
-    slots: None,
+    slots: None = None,
 ) -> Value:
     """One softmax over the user's segments and the own causal block; see `onetrans.kernels.candidate_attention`."""
     P, H, E = int(q.shape[0]), int(keys[0].shape[2]), int(keys[0].shape[3])

@@ -11,9 +11,9 @@ from torch import fx
 
 import onetrans.kernels.candidate_attention.kernel
 import onetrans.kernels.history_attention.kernel
-import onetrans.kernels.history_attention.rows
 import onetrans.kernels.mixed_ffn.kernel
-import onetrans.kernels.mixed_linear.kernel  # noqa: F401  (these register the ops)
+import onetrans.kernels.mixed_linear.kernel
+import onetrans.kernels.take_rows.kernel  # noqa: F401  (these register the ops)
 from onetrans.errors import ExportError
 from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.passes.keep_rows import selected_from
@@ -61,12 +61,8 @@ def lower(program: Program) -> Program:
 def _queried_rows(program: Program) -> Program:
     """The pyramid's choice of rows in one launch."""
     for node in list(program.module.graph.nodes):
-        source = selected_from(node)
-        if source is not None:
-            index = node.args[0].args[2].args[0]  # flatten(clamp(start[:, None] + arange) + user · N)
-            start = index.args[0].args[0].args[0].args[0]
-            rows = node.args[1][1]
-            node.target, node.args = torch.ops.onetrans_triton.queried_rows.default, (source, start, rows)
+        if selected_from(node) is not None:
+            node.target = torch.ops.onetrans_triton.take_rows.default
     return program
 
 
