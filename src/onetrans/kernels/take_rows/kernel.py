@@ -19,6 +19,8 @@ def queried_rows_kernel(x, start, N, rows, out, D: tl.constexpr, WIDTH: tl.const
     """
     user = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Masked rows read nothing, so `source` need only be right where row < rows. N and rows change with the request and
+    # are not specialised on; WIDTH is D's next power of two, since tiles are.
     source = tl.minimum(tl.load(start + user).to(tl.int32) + row, N - 1)
     column = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (column < D)[None, :]
