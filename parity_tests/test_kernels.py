@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
 
 import pytest
 import torch
 
+from onetrans.export.targets.onnx.graph import LOWERINGS
 from onetrans.kernels import (
     candidate_attention_reference,
     history_attention_reference,
     mixed_ffn_reference,
     mixed_linear_reference,
+    take_rows_reference,
 )
 from onetrans.kernels.candidate_attention import candidate_attention_op
 from onetrans.kernels.history_attention import history_attention_op
 from onetrans.kernels.mixed_ffn import mixed_ffn_op
-from onetrans.kernels.mixed_linear import mixed_linear_op
+from onetrans.kernels.mixed_linear import keys_into_state_op, mixed_linear_op
+from onetrans.kernels.take_rows import take_rows_op
+from parity_tests.triton_device import needs_triton
 
 DOUBLE = torch.float64
 
@@ -147,6 +153,78 @@ def test_mixed_ffn_is_two_products_an_activation_and_a_residual(gated, activatio
             torch.testing.assert_close(out[p, b], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 4, 9])
+@pytest.mark.parametrize(
+    ("starts", "N"), [([0], 1), ([3], 5), ([0, 4, 2], 5), ([5, 9, 1, 0, 3], 5)], ids=["one", "U1", "tail", "past-end"]
+)
+def test_take_rows_are_consecutive_and_past_the_end_the_last(starts, N, rows):
+    x = randn(len(starts), N, 3)
+    out = take_rows_reference(x, torch.tensor(starts), rows)
+    assert out.shape == (len(starts), rows, 3)
+    for u, start in enumerate(starts):
+        for i in range(rows):
+            assert torch.equal(out[u, i], x[u, min(start + i, N - 1)])
+
+
+def test_take_rows_leaves_the_dtype_under_autocast():
+    keys = torch._C.DispatchKey.AutocastCUDA
+    of = {
+        op: torch._C._dispatch_has_kernel_for_dispatch_key(f"onetrans::{op}", keys) for op in ("take_rows", "mixed_ffn")
+    }
+    assert of == {"take_rows": False, "mixed_ffn": True}
+
+
+OPS = {
+    op._name.removeprefix("onetrans::"): op
+    for op in (
+        history_attention_op,
+        candidate_attention_op,
+        mixed_linear_op,
+        keys_into_state_op,
+        mixed_ffn_op,
+        take_rows_op,
+    )
+}
+
+
+def test_the_schemas_are_these():
+    """Bundles, lowerings and passes go by these names."""
+    assert {name: [a.name for a in op._opoverload._schema.arguments] for name, op in OPS.items()} == {
+        "history_attention": ["q", "k", "v", "q_start", "length", "past_k", "past_v", "past_length", "slots"],
+        "candidate_attention": ["q", "k", "v", "keys", "values", "lengths", "slots"],
+        "mixed_linear": ["x", "w", "gain", "eps", "bias", "residual", "activation"],
+        "keys_into_state": ["x", "w", "gain", "eps", "bias", "k_state", "v_state", "slots", "first", "length"],
+        "mixed_ffn": ["x", "w1", "w2", "gain", "eps", "activation", "gated", "b1", "b2"],
+        "take_rows": ["x", "start", "rows"],
+    }
+
+
+@needs_triton
+@pytest.mark.parametrize("name", list(OPS))
+def test_the_kernels_schema_begins_with_the_ops(name):
+    folder = {"keys_into_state": "mixed_linear"}.get(name, name)
+    pytest.importorskip("triton")
+    importlib.import_module(f"onetrans.kernels.{folder}.kernel")
+    kernel = getattr(torch.ops.onetrans_triton, name).default._schema
+    schema = OPS[name]._opoverload._schema
+    ours = [(a.name, str(a.type), a.default_value, a.is_write) for a in schema.arguments]
+    theirs = [(a.name, str(a.type), a.default_value, a.is_write) for a in kernel.arguments]
+    assert theirs[: len(ours)] == ours
+    assert all(a.has_default_value() for a in kernel.arguments[len(ours) :])
+    assert [str(r.type) for r in kernel.returns] == [str(r.type) for r in schema.returns]
+
+
+@pytest.mark.parametrize("name", list(LOWERINGS))
+def test_an_onnx_lowering_takes_the_ops_arguments_by_their_names(name):
+    schema = OPS[name]._opoverload._schema
+    parameters = inspect.signature(LOWERINGS[name]).parameters
+    assert list(parameters) == [a.name for a in schema.arguments]
+    for argument in schema.arguments:
+        default = parameters[argument.name].default
+        assert argument.has_default_value() == (default is not inspect.Parameter.empty)
+        assert not argument.has_default_value() or default == argument.default_value
+
+
 def operands(dtype=DOUBLE):
     def leaf(*shape):
         return torch.randn(shape, dtype=dtype).requires_grad_()
@@ -185,6 +263,7 @@ def operands(dtype=DOUBLE):
             mixed_ffn_reference,
             (leaf(2, 3, 4), leaf(2, 4, 8), leaf(2, 8, 4), leaf(4), 1e-6, "gelu", False),
         ),
+        "take_rows": (take_rows_op, take_rows_reference, (leaf(2, 5, 3), torch.tensor([1, 4]), 3)),
     }
 
 
@@ -203,7 +282,7 @@ def test_slots_say_where_a_users_state_lies():
     zero, two = torch.zeros(U, dtype=torch.int64), torch.full((U,), 2)
     out = history_attention_reference(q, k, v, zero, two, pool_k, pool_v, length, slots)
     assert torch.equal(out, history_attention_reference(q, k, v, zero, two, *past))
-    whole = history_attention_reference(q, pool_k, pool_v, length - 2, length, slots_U=slots)
+    whole = history_attention_reference(q, pool_k, pool_v, length - 2, length, slots=slots)
     assert torch.equal(whole, history_attention_reference(q, *(x.nan_to_num() for x in past[:2]), length - 2, length))
     rows = [randn(P, U * 3, H * E) for _ in range(3)]
     out = candidate_attention_reference(*rows, [pool_k], [pool_v], [length], slots)

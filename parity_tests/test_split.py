@@ -18,7 +18,7 @@ from onetrans.export.split import Split, extract, split
 from onetrans.model.checkpoint import random_model
 from onetrans.model.onetrans import OneTrans
 from onetrans.spec import State, TensorSpec
-from parity_tests.configs import VARIANTS, small_config
+from parity_tests.configs import VARIANTS, programs_of, small_config
 
 SIZES = {"U": 2, "C": 3, "L": 5}
 
@@ -332,3 +332,10 @@ def test_a_module_that_branches_on_data_gives_a_clear_error():
 
     with pytest.raises(ExportError, match=r"torch\.export cannot capture Branches"):
         two_tower(module=Branches())
+
+
+def test_a_model_of_one_layer_appends_without_reading_the_past():
+    """Its top layer's S-queries are dead, so that new keys and values are all that an append makes."""
+    programs = programs_of(random_model(small_config(layers=1, explicit_keep=(64,)), seed=0)).by_name
+    assert not [spec for spec in programs["append"].inputs if spec.is_window]
+    assert [spec.name for spec in programs["append"].outputs if spec.is_window] == ["k0", "v0"]

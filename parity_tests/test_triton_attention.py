@@ -1,4 +1,4 @@
-"""The attention kernels against float64: poisoned padding and outputs, odd lengths, any company."""
+"""The attention kernels against float64: poisoned padding and outputs, odd lengths, any batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from onetrans.kernels.candidate_attention import kernel as candidate_kernel  # n
 from onetrans.kernels.candidate_attention.op import candidate_attention_reference  # noqa: E402
 from onetrans.kernels.history_attention import kernel as history_kernel  # noqa: E402
 from onetrans.kernels.history_attention.op import history_attention_reference  # noqa: E402
-from onetrans.kernels.history_attention.rows import queried_rows  # noqa: E402
+from onetrans.kernels.take_rows.kernel import take_rows_triton  # noqa: E402
+from onetrans.kernels.take_rows.op import take_rows_reference  # noqa: E402
 
 pytestmark = needs_triton
 HEADS = [32, 64, 96, 128]
@@ -140,12 +141,13 @@ def test_tiles_that_no_query_sees_are_not_visited():
     assert torch.equal(history(q[:, :64], k, v, ints(0), ints(500)), whole[:, :64])
 
 
-@pytest.mark.parametrize(("N", "rows", "D"), [(1, 1, 64), (70, 33, 96), (95, 95, 256)])
-def test_queried_rows_are_the_tail_and_past_the_end_the_last(N, rows, D):
-    x = randn(3, N, D, dtype=torch.float16)
-    start = ints(0, N // 2, N)
-    expected = torch.stack([x[u, torch.arange(rows).add(int(start[u])).clamp(max=N - 1)] for u in range(3)])
-    assert torch.equal(queried_rows(x, start, rows), expected)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize(("N", "rows", "D"), [(1, 1, 64), (5, 0, 32), (70, 33, 96), (95, 95, 256)])
+@pytest.mark.parametrize("U", [1, 3])
+def test_take_rows_is_its_reference_bit_for_bit(U, N, rows, D, dtype):
+    x = randn(U, N, D, dtype=dtype)
+    start = ints(*(0, N // 2, N + 3)[-U:])
+    assert torch.equal(take_rows_triton(x, start, rows), take_rows_reference(x, start, rows))
 
 
 # --- candidate_attention

@@ -27,7 +27,7 @@ SLOTS = 6
 MODELS = {**VARIANTS, "one_token": {"l_ns": 1, "layers": 2, "explicit_keep": (64, 6)}}
 REFERENCES = {
     f"onetrans.{op}.default": getattr(kernels, f"{op}_reference")
-    for op in ("history_attention", "candidate_attention", "mixed_linear", "mixed_ffn")
+    for op in ("history_attention", "candidate_attention", "mixed_linear", "mixed_ffn", "take_rows")
 }
 
 

@@ -25,6 +25,7 @@ from onetrans.kernels import (
     history_attention_reference,
     mixed_ffn_reference,
     mixed_linear_reference,
+    take_rows_reference,
 )
 from onetrans.model.checkpoint import random_model
 
@@ -36,6 +37,7 @@ REFERENCES: Mapping[str, Callable[..., Any]] = {
     "onetrans.candidate_attention.default": candidate_attention_reference,
     "onetrans.mixed_linear.default": mixed_linear_reference,
     "onetrans.mixed_ffn.default": mixed_ffn_reference,
+    "onetrans.take_rows.default": take_rows_reference,
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LAUNCHES = {"mixed_ffn": 2, "candidate_attention": 2}  # kernels of an op of ours, where not one

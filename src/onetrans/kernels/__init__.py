@@ -1,4 +1,4 @@
-"""The semantic ops: each file holds one op's schema, its public reference and its fake for export.
+"""The semantic ops, a folder each: the public reference, whose signature is the schema, and the Triton kernel.
 
 Dimensions in names: U users, C candidates of a user, P token positions with weights of their own, B rows (U·C or U·N),
 N new tokens, W window, H heads, E head dimension, D model width, F feed-forward width.
@@ -9,6 +9,7 @@ from onetrans.kernels.history_attention import history_attention, history_attent
 from onetrans.kernels.mixed_ffn import mixed_ffn, mixed_ffn_reference
 from onetrans.kernels.mixed_linear import mixed_linear, mixed_linear_reference
 from onetrans.kernels.state_value import state_value
+from onetrans.kernels.take_rows import take_rows, take_rows_reference
 
 __all__ = [
     "candidate_attention",
@@ -20,4 +21,6 @@ __all__ = [
     "mixed_linear",
     "mixed_linear_reference",
     "state_value",
+    "take_rows",
+    "take_rows_reference",
 ]

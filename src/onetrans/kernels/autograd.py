@@ -10,7 +10,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.utils import _pytree as pytree
 
 
-def differentiate_by_reference(op: CustomOpDef, reference: Callable[..., torch.Tensor]) -> None:
+def differentiate_by_reference(op: CustomOpDef, reference: Callable[..., Any]) -> None:
     """Registers a backward that runs `reference` again under autograd; only the op's inputs are kept alive."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -32,11 +32,13 @@ def differentiate_by_reference(op: CustomOpDef, reference: Callable[..., torch.T
             )
         )
         result = pytree.tree_unflatten([next(grads) if want else None for want in wanted], ctx.spec)
-        return tuple(result)
+        # The dispatcher drops trailing arguments that have their defaults; torch fills them in for setup_context, but
+        # wants gradients of the passed ones alone.
+        return tuple(result)[: len(ctx.needs_input_grad)]
 
     op.register_autograd(backward, setup_context=setup_context)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Statistics, softmax and accumulation run in float32, or in float64 for the gold."""
+    """Statistics, softmax and accumulation run in float32, or in float64 for the reference scores."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -70,7 +70,10 @@ def capacity(x: torch.Tensor, token: int) -> int:
 
 @triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr):
-    """acc + a @ b in float32. WIDE widens the operands first: the interpreter's product of bfloat16 is wrong."""
+    """acc + a @ b in float32. WIDE widens the operands first: the interpreter's product of bfloat16 is wrong.
+
+    "ieee" matters for float32 operands only, which Triton would round to TF32.
+    """
     if WIDE:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -83,6 +86,8 @@ def softmax_step(scores, m, total):
 
     Returns the tile's weights, the new maximum and total, and the factor for what was summed before.
     """
+    # exp2 is the hardware's exponential, hence LOG2E. The factor's product and the weights' are explicit multiply-adds:
+    # see the head of this file. A row whose maximum is still -inf subtracts 0, since -inf - -inf is NaN.
     m_new = tl.maximum(m, tl.max(scores, 1))
     top = tl.where(m_new == float("-inf"), 0.0, m_new)
     weights = tl.exp2(tl.fma(scores, LOG2E, (top * -LOG2E)[:, None]))

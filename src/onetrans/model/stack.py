@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from onetrans.features.windows import Pyramid
-from onetrans.kernels import candidate_attention, history_attention, mixed_ffn, mixed_linear, state_value
+from onetrans.kernels import candidate_attention, history_attention, mixed_ffn, mixed_linear, state_value, take_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +76,6 @@ def layer_windows(config: StackConfig, start_U: torch.Tensor, length_U: torch.Te
         past_length=(start_U1 - begins[:, :-1]).clamp(min=0),
         capacity=tuple(None if after == before else after + chunk - 1 for before, after in itertools.pairwise(keeps)),
     )
-
-
-def take_rows(x_UND: torch.Tensor, start_U: torch.Tensor, rows: int) -> torch.Tensor:
-    """Rows start[u] … start[u] + rows - 1 of each user, [U, rows, D]; past the end the last row is repeated."""
-    U, N, D = x_UND.shape
-    index = (start_U[:, None] + torch.arange(rows, device=x_UND.device)).clamp(max=N - 1)
-    index = index + torch.arange(U, device=x_UND.device)[:, None] * N
-    taken: torch.Tensor = x_UND.flatten(0, 1).index_select(0, index.flatten()).view(U, rows, D)
-    return taken
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ from onetrans.export.rebuild import Builder, rebuild
 
 aten = torch.ops.aten
 HISTORY = torch.ops.onetrans.history_attention.default
-VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+TAKE_ROWS = torch.ops.onetrans.take_rows.default
 
 
 class KeepRows(Pass):
@@ -30,9 +30,9 @@ class KeepRows(Pass):
 
     def requires(self, program: Program) -> str | None:
         """See `Pass.requires`."""
-        if any(spec.is_window for spec in program.inputs):
+        if any(spec.is_window for spec in program.inputs) or not _selections(program):
             return None
-        return "the program takes no keys and values of a past, so that it is no append"
+        return "the program takes no keys and values of a past, so that it is no append and must choose rows"
 
     def call(self, program: Program) -> Changed:
         """See `Pass.call`."""
@@ -40,12 +40,11 @@ class KeepRows(Pass):
         zeros: list[fx.Node] = []  # every layer's first query is the first new token
 
         def visit(build: Builder, node: fx.Node) -> Any:
-            source = selected_from(node)
-            if source is not None:
+            if is_op(node, TAKE_ROWS):
                 gone.append(node.name)
-                return build.new(source)
-            if node.target is torch.sym_min:
-                return build.new(node.args[0])
+                return build.new(arguments(node)["x"])
+            if node.target is torch.sym_min:  # of the tokens that there are and those that a window may hold
+                return build.new(node.all_input_nodes[0])
             if is_op(node, HISTORY):
                 if not zeros:
                     zeros.append(build.call(aten.zeros_like.default, build.new(arguments(node)["q_start"])))
@@ -59,14 +58,9 @@ class KeepRows(Pass):
 
     def ensures(self, before: Program, after: Program) -> str | None:
         """See `Pass.ensures`."""
-        left = [node.name for node in after.module.graph.nodes if selected_from(node) is not None]
+        left = _selections(after)
         return f"{', '.join(left)} still choose rows" if left else None
 
 
-def selected_from(node: fx.Node) -> fx.Node | None:
-    """x [U, N, D], where the node is x's chosen rows [U, rows, D] (`take_rows` of the model's stack)."""
-    picked = arguments(node)["self"] if is_op(node, *VIEWS) else None
-    if picked is None or not is_op(picked, aten.index_select.default):
-        return None
-    flat = arguments(picked)["self"]
-    return arguments(flat)["self"] if is_op(flat, *VIEWS) else None
+def _selections(program: Program) -> list[str]:
+    return [node.name for node in program.module.graph.nodes if is_op(node, TAKE_ROWS)]

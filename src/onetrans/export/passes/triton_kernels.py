@@ -9,9 +9,9 @@ from torch import fx
 
 import onetrans.kernels.candidate_attention.kernel
 import onetrans.kernels.history_attention.kernel
-import onetrans.kernels.history_attention.rows
 import onetrans.kernels.mixed_ffn.kernel
-import onetrans.kernels.mixed_linear.kernel  # noqa: F401  (these register the ops)
+import onetrans.kernels.mixed_linear.kernel
+import onetrans.kernels.take_rows.kernel  # noqa: F401  (these register the ops)
 from onetrans.export.arguments import arguments, is_op, op_name
 from onetrans.export.passes.base import Changed, Pass
 from onetrans.export.passes.dead_code import remove_dead_code

@@ -8,22 +8,22 @@ from onetrans.kernels.launch.attention import candidates, tiles
 from onetrans.kernels.launch.config import Device, LaunchConfig, Problem
 
 
-def default(what: Problem, device: Device) -> LaunchConfig:
+def default(problem: Problem, device: Device) -> LaunchConfig:
     """Tiles of 64 rows, or as many as one candidate has; splits of 256 keys.
 
     One candidate of OneTrans-S has 12 rows, so 4 heads are 4 programs; five splits of a 1190-event window and the own
     blocks make 24, each with 4 tiles to go through in place of 20. Shorter splits would spend more on folding.
     """
-    return dataclasses.replace(tiles(what["E"], device, 64 if what["P"] <= 64 else 128), split=256)
+    return dataclasses.replace(tiles(problem["E"], device, 64 if problem["P"] <= 64 else 128), split=256)
 
 
-def space(what: Problem, device: Device) -> list[LaunchConfig]:
+def space(problem: Problem, device: Device) -> list[LaunchConfig]:
     """What tuning tries: tiles that hold at least one candidate."""
     return [
         dataclasses.replace(config, split=split)
-        for config in candidates(what, device)
+        for config in candidates(problem, device)
         for split in (256, 512, 1024)
-        if config.block_m >= what["P"]
+        if config.block_m >= problem["P"]
     ]
 
 

@@ -17,15 +17,15 @@ import triton.language as tl
 from onetrans.kernels.candidate_attention.configs import default, padded
 from onetrans.kernels.candidate_attention.parts import ends, factors, over_keys, over_own, place
 from onetrans.kernels.jit import capacity, head_parts, interpreted, launcher, name_of, narrow, token_stride
-from onetrans.kernels.launch import LaunchConfig, choose
+from onetrans.kernels.launch import LaunchConfig, choose, table
 from onetrans.kernels.launch.device import device_of, multiprocessors
-from onetrans.kernels.launch.table import problem
 
 SEGMENTS = 3
 MOST_POSITIONS = 128  # a tile holds at least one candidate
 INTEGERS = ("C", "rows", "capacity0", "capacity1", "capacity2")
 FOLD_INTEGERS = (*INTEGERS, "splits")
-LENGTHS = ("length0", "length1", "length2", "slots", "starts")  # rows of wider tensors: aligned or not, one variant
+# Rows of wider tensors, aligned to 16 bytes or not: specialising on it would make a variant of each.
+LENGTHS = ("length0", "length1", "length2", "slots", "starts")
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=LENGTHS)
@@ -49,7 +49,7 @@ def candidate_attention_kernel(
     splits = 1
     split = 0
     if APART:
-        splits = tl.num_programs(1) // H
+        splits = tl.num_programs(1) // H  # a grid has three axes: heads and splits share one
         split = head // H
         head = head % H
     first, here, row_candidate, row_position = place(tile, user, starts if RAGGED else None, C, P, GROUP, BLOCK_M)
@@ -77,6 +77,7 @@ def candidate_attention_kernel(
     v0, v1, v2 = value0 + at0, value1 + at1, value2 + at2
     if APART:
         is_own = split == splits - 1
+        # The grid is made for the slabs' capacity; splits past the user's keys store nothing, and the fold skips them.
         if (split * SPLIT >= count) & (is_own == 0):
             return
         if is_own == 0:
@@ -104,6 +105,7 @@ def candidate_attention_kernel(
         acc1 = acc0
         if E1 > 0:
             acc1 = tl.zeros((BLOCK_M, E1), tl.float32)
+        # The same sums in the same order as programs of their own and candidate_fold_kernel: each split from scratch.
         for begin in range(0, count, SPLIT):
             m_next, total_next, next0, next1 = over_keys(
                 begin, tl.minimum(begin + SPLIT, count), q0, q1, k0, k1, k2, v0, v1, v2, end0, end1,
@@ -123,7 +125,7 @@ def candidate_attention_kernel(
         acc0 = tl.fma(acc0, before[:, None], next0 * after[:, None])
         if E1 > 0:
             acc1 = tl.fma(acc1, before[:, None], next1 * after[:, None])
-        total = tl.where(real, total, 1.0)
+        total = tl.where(real, total, 1.0)  # rows past the last candidate; a real row sees at least itself
         out_rows = (row_position * tl.cast(rows, tl.int64) + first + row_candidate) * (H * E) + offset
         inside = real[:, None]
         tl.store(
@@ -323,8 +325,8 @@ def launch(
     if B == 0:
         return
     C = B // U if candidates is None else candidates
-    what = problem("candidate_attention", name_of(q.dtype), B * P, E=E, H=H, P=P)
-    config = choose(what, device_of(q.device), default)
+    problem = table.problem("candidate_attention", name_of(q.dtype), B * P, E=E, H=H, P=P)
+    config = choose(problem, device_of(q.device), default)
     tiles = triton.cdiv(C, config.block_m // P)
     capacities = [capacity(key, token) for key in keys]
     splits = triton.cdiv(sum(capacities), config.split) + 1

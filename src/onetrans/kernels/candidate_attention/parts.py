@@ -58,6 +58,7 @@ def over_keys(
         if E1 > 0:
             key = tl.load(key_rows[:, None] + e1[None, :], mask=exists, other=0.0)
             scores = dot(q1, tl.trans(key), scores, WIDE)
+        # Loads past the end gave keys of 0, whose score would be 0 and count; -inf makes their weight an exact 0.
         scores = tl.where((at < end)[None, :], scores, float("-inf"))
         weights, m, total, factor = softmax_step(scores, m, total)
         weights = narrow(weights, value.dtype, WIDE)
@@ -95,6 +96,7 @@ def over_own(
         if E1 > 0:
             key = tl.load((k + rows)[:, None] + e1[None, :], mask=exists, other=0.0)
             scores = dot(q1, tl.trans(key), scores, WIDE)
+        # A tile's candidates share one product; whatever is not the row's own causal block is masked.
         visible = (candidate[None, :] == row_candidate[:, None]) & (position[None, :] <= row_position[:, None])
         scores = tl.where(visible, scores, float("-inf"))
         weights, m, total, factor = softmax_step(scores, m, total)
@@ -110,7 +112,7 @@ def over_own(
 def factors(m, m_next):
     """The new maximum of a fold, and what each side is multiplied by."""
     top = tl.maximum(m, m_next)
-    safe = tl.where(top == float("-inf"), 0.0, top)
+    safe = tl.where(top == float("-inf"), 0.0, top)  # both sides empty: -inf - -inf would be NaN, and -inf - 0 gives 0
     return top, tl.exp2((m - safe) * LOG2E), tl.exp2((m_next - safe) * LOG2E)
 
 

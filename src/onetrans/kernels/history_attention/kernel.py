@@ -20,12 +20,13 @@ from onetrans.kernels.jit import (
     softmax_step,
     token_stride,
 )
-from onetrans.kernels.launch import LaunchConfig, choose
+from onetrans.kernels.launch import LaunchConfig, choose, table
 from onetrans.kernels.launch.device import device_of
-from onetrans.kernels.launch.table import problem
 
 INTEGERS = ("Nq", "new_capacity", "past_capacity")
-LENGTHS = ("q_start", "length", "past_length", "slots")  # rows of wider tensors: aligned or not, the variant is one
+# A layer's lengths are a row of a wider tensor, whose address is a multiple of 16 bytes for some layers and numbers of
+# users only. Single loads gain nothing by alignment, and a variant by it would be compiled while serving.
+LENGTHS = ("q_start", "length", "past_length", "slots")
 
 
 @triton.jit
@@ -44,11 +45,12 @@ def _tile(
 ):  # fmt: skip
     """Takes keys begin … begin + BLOCK_N - 1 into a tile's online softmax; all are visible unless MASKED."""
     keys = begin + tl.arange(0, BLOCK_N)
+    # Tile shapes are powers of two; a head dimension is E0 + E1 of them, each in a product of its own (see head_parts).
     e0 = tl.arange(0, E0)
     key_rows = _rows(keys, k_new, k_past, past, TOKEN, PAST_TOKEN, HAS_PAST)
     value_rows = _rows(keys, v_new, v_past, past, TOKEN, PAST_TOKEN, HAS_PAST)
     if MASKED:
-        exists = (keys < count)[:, None]
+        exists = (keys < count)[:, None]  # values too: what padding holds times a weight of 0 may be NaN
         k0 = tl.load(key_rows[:, None] + e0[None, :], mask=exists, other=0.0)
         v0 = tl.load(value_rows[:, None] + e0[None, :], mask=exists, other=0.0)
     else:
@@ -67,7 +69,7 @@ def _tile(
     if MASKED:
         scores = tl.where((keys[None, :] <= last[:, None]) & (keys < count)[None, :], scores, float("-inf"))
     weights, m, total, factor = softmax_step(scores, m, total)
-    weights = narrow(weights, v0.dtype, WIDE)
+    weights = narrow(weights, v0.dtype, WIDE)  # the matrix unit takes one dtype; `total` has summed them in float32
     acc0 = dot(weights, v0, acc0 * factor[:, None], WIDE)
     if E1 > 0:
         acc1 = dot(weights, v1, acc1 * factor[:, None], WIDE)
@@ -87,7 +89,9 @@ def history_attention_kernel(
     says which slot of the past holds a user or, without a past, which slot of k and v.
     """
     E: tl.constexpr = E0 + E1
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    # Programs start in the order of their numbers and later queries see more keys: the longest start first, so that the
+    # short ones fill the device's end. Tiles of one head are neighbours and share its keys in L2.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     user = tl.program_id(2)
     slot = user.to(tl.int64)
@@ -127,7 +131,9 @@ def history_attention_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     end = tl.where(begin < count - first, tl.minimum(first + begin + BLOCK_M, count), 0)
-    whole = tl.minimum(end, first + begin + 1) // BLOCK_N * BLOCK_N  # up to here every row sees every key
+    # Up to `whole` every row sees every key: no masks. Both loops step from key 0 in BLOCK_N: a key's
+    # tile depends on its index in the window alone, which keeps a row's bits the same in prefill and append.
+    whole = tl.minimum(end, first + begin + 1) // BLOCK_N * BLOCK_N
     for at in range(0, whole, BLOCK_N):
         m, total, acc0, acc1 = _tile(
             at, q0, q1, k_new, k_past, v_new, v_past, past, count, last, m, total, acc0, acc1,
@@ -138,7 +144,7 @@ def history_attention_kernel(
             at, q0, q1, k_new, k_past, v_new, v_past, past, count, last, m, total, acc0, acc1,
             E0, E1, TOKEN, PAST_TOKEN, HAS_PAST, BLOCK_N, True, WIDE,
         )  # fmt: skip
-    scale = tl.where(real, 1.0, 0.0) / tl.where(total > 0, total, 1.0)  # rows that nobody reads become zeros
+    scale = tl.where(real, 1.0, 0.0) / tl.where(total > 0, total, 1.0)  # padding rows become zeros
     out_rows = out + (user.to(tl.int64) * Nq + rows) * (H * E) + head * E
     inside = (rows < Nq)[:, None]
     tl.store(out_rows[:, None] + e0[None, :], narrow(acc0 * scale[:, None], out.dtype.element_ty, WIDE), mask=inside)
@@ -205,7 +211,9 @@ def launch(
         return
     if U > 1 and q.stride(0) != Nq * strides["q"]:
         raise ValueError(f"q has strides {q.stride()}; its users must be {Nq} tokens apart: call .contiguous()")
-    config = choose(problem("history_attention", name_of(q.dtype), U * Nq, E=E, H=H), device_of(q.device), default)
+    config = choose(
+        table.problem("history_attention", name_of(q.dtype), U * Nq, E=E, H=H), device_of(q.device), default
+    )
     arguments = constants(
         config,
         H=H,

@@ -23,11 +23,11 @@ def tiles(E: int, device: Device, rows: int = 64) -> LaunchConfig:
     return LaunchConfig(block_m=rows, block_n=64, warps=8 if E > 96 else rows // 16, stages=3 if E <= 96 else 2)
 
 
-def candidates(what: Problem, device: Device) -> list[LaunchConfig]:
+def candidates(problem: Problem, device: Device) -> list[LaunchConfig]:
     """What tuning tries: all that fits the device's shared memory, with 8 or 16 rows to a warp."""
     grid = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
     configs = [LaunchConfig(block_m=m, block_n=n, warps=w, stages=s) for m, n, w, s in grid if m // w in (8, 16)]
-    return [config for config in configs if shared_bytes(config, what["E"]) <= device.shared_bytes]
+    return [config for config in configs if shared_bytes(config, problem["E"]) <= device.shared_bytes]
 
 
 def shared_bytes(config: LaunchConfig, E: int) -> int:

@@ -50,7 +50,7 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What decides a configuration: constants of the model, so that a row's result does not depend on its company.
+    """What decides a configuration: constants of the model, so that a row's result does not depend on the batch.
 
     Attributes:
         op: Name of the semantic op.

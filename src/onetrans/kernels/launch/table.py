@@ -46,11 +46,11 @@ def tuned_devices() -> list[Device]:
 
 
 @functools.cache
-def choose(what: Problem, device: Device, default: Callable[[Problem, Device], LaunchConfig]) -> LaunchConfig:
+def choose(problem: Problem, device: Device, default: Callable[[Problem, Device], LaunchConfig]) -> LaunchConfig:
     """The tuned configuration where the table has one for this device and problem, else the analytical default."""
-    if what.op in _forced:
-        return _forced[what.op]
-    return tuned().get((device.name, what.op, what.dtype, what.key)) or default(what, device)
+    if problem.op in _forced:
+        return _forced[problem.op]
+    return tuned().get((device.name, problem.op, problem.dtype, problem.key)) or default(problem, device)
 
 
 _forced: dict[str, LaunchConfig] = {}

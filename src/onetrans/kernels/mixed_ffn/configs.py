@@ -25,31 +25,31 @@ def parts(D: int) -> tuple[int, int]:
     return main, rest
 
 
-def default(what: Problem, device: Device) -> LaunchConfig:
+def default(problem: Problem, device: Device) -> LaunchConfig:
     """Two launches of mixed_linear.
 
     One fused row tile streams all weights of a position through one multiprocessor. 100 candidates of OneTrans-S are 24
     row tiles, of 12 positions by two: they would leave 108 of an H200's 132 multiprocessors, and of its ways to memory,
     idle, where the two launches have 192 and 48 programs. What fusing saves, F wide rows to L2 and back, is less.
     """
-    return replace(fused(what, device), fused=False)
+    return replace(fused(problem, device), fused=False)
 
 
-def fused(what: Problem, device: Device) -> LaunchConfig:
+def fused(problem: Problem, device: Device) -> LaunchConfig:
     """The fused kernel's tiles: as many of the F hidden columns a step as leave room for two steps in shared memory."""
     block_m = 64 if device.capability in (80, 90, 100) else 32
     for block_n, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2)):
         config = LaunchConfig(block_m=block_m, block_n=block_n, warps=8, stages=stages, fused=True)
-        if shared_bytes(config, what) <= device.shared_bytes:
+        if shared_bytes(config, problem) <= device.shared_bytes:
             return config
     return config
 
 
-def space(what: Problem, device: Device) -> list[LaunchConfig]:
+def space(problem: Problem, device: Device) -> list[LaunchConfig]:
     """What tuning tries: the two launches, and all fused tiles that fit the device's shared memory."""
-    plain = default(what, device)
+    plain = default(problem, device)
     try:
-        parts(what["D"])
+        parts(problem["D"])
     except ValueError:
         return [plain]
     grid = itertools.product((64, 128), (16, 32, 64), (4, 8), (2, 3))
@@ -59,13 +59,13 @@ def space(what: Problem, device: Device) -> list[LaunchConfig]:
         *(
             config
             for config in configs
-            if shared_bytes(config, what) <= device.shared_bytes
-            and config.block_m * (what["D"] + config.block_n * (1 + what["gated"])) <= 128 * 32 * config.warps
+            if shared_bytes(config, problem) <= device.shared_bytes
+            and config.block_m * (problem["D"] + config.block_n * (1 + problem["gated"])) <= 128 * 32 * config.warps
         ),
     ]
 
 
-def shared_bytes(config: LaunchConfig, what: Problem) -> int:
+def shared_bytes(config: LaunchConfig, problem: Problem) -> int:
     """An upper estimate of the fused kernel's: the tile of x, and both weights' tiles of every pipeline stage."""
-    weights = what["D"] * config.block_n * (2 + what["gated"])
-    return 2 * (config.block_m * what["D"] + config.stages * weights) + 1024
+    weights = problem["D"] * config.block_n * (2 + problem["gated"])
+    return 2 * (config.block_m * problem["D"] + config.stages * weights) + 1024

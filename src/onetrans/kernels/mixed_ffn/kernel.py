@@ -10,9 +10,8 @@ import triton.language as tl
 
 from onetrans.kernels.activations import ACTIVATIONS
 from onetrans.kernels.jit import activate, dot, interpreted, launcher, name_of, narrow, row_sum
-from onetrans.kernels.launch import LaunchConfig, Problem, choose
+from onetrans.kernels.launch import LaunchConfig, Problem, choose, table
 from onetrans.kernels.launch.device import device_of
-from onetrans.kernels.launch.table import problem
 from onetrans.kernels.mixed_ffn.configs import default, parts
 from onetrans.kernels.mixed_linear import kernel as linear
 from onetrans.kernels.mixed_linear.arguments import check_dtypes, check_shape, in_place, row_stride
@@ -97,7 +96,7 @@ def mixed_ffn_kernel(
         h = activate(_up(chunks, w1, n, inside, inverse, bias, WIDTH, WHOLE, WIDE), ACTIVATION)
         if GATED:
             h *= _up(chunks, w1 + F, n, inside, inverse, bias_value, WIDTH, WHOLE, WIDE)
-        h = narrow(h, x.dtype.element_ty, WIDE)
+        h = narrow(h, x.dtype.element_ty, WIDE)  # as two launches would store it, and as the matrix unit takes it
         down = w2 + n[:, None] * D
         acc0 = dot(h, load_constant(down + d0[None, :], inside[:, None], WHOLE), acc0, WIDE)
         if REST > 0:
@@ -117,7 +116,7 @@ def signature(dtype: str, *, b1: bool = False, b2: bool = False) -> dict[str, st
 
 
 def constants(
-    what: Problem,
+    problem: Problem,
     config: LaunchConfig,
     *,
     x_row: int,
@@ -130,7 +129,7 @@ def constants(
     """Values of the fused kernel's compile-time arguments, and None for absent biases.
 
     Args:
-        what: With sizes D, F, P and `gated`, 0 or 1.
+        problem: With sizes D, F, P and `gated`, 0 or 1.
         config: Its tiles.
         x_row: Elements between rows of x.
         eps: Added to the mean square.
@@ -142,20 +141,20 @@ def constants(
     Raises:
         ValueError: The fused kernel does not take this D.
     """
-    main, rest = parts(what["D"])
+    main, rest = parts(problem["D"])
     chunk = min(64, rest or main)
     return {
         **{name: None for name, there in {"b1": b1, "b2": b2}.items() if not there},
-        "F": what["F"],
+        "F": problem["F"],
         "MAIN": main,
         "REST": rest,
         "CHUNK": chunk,
         "STEPS": chunk.bit_length() - 1,
         "X_ROW": x_row,
-        "GAIN_POSITION": what["D"] if gain_per_position else 0,
+        "GAIN_POSITION": problem["D"] if gain_per_position else 0,
         "EPS": eps,
         "ACTIVATION": activation,
-        "GATED": bool(what["gated"]),
+        "GATED": bool(problem["gated"]),
         "WIDE": interpreted(),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -205,8 +204,8 @@ def launch(
     check_shape("out", out, (P, B, D))
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
-    what = problem("mixed_ffn", name_of(x.dtype), B, D=D, F=F, P=P, gated=int(gated))
-    config = config or choose(what, device_of(x.device), default)
+    problem = table.problem("mixed_ffn", name_of(x.dtype), B, D=D, F=F, P=P, gated=int(gated))
+    config = config or choose(problem, device_of(x.device), default)
     if not config.fused:
         hidden = x.new_empty((P, B, F))
         linear.launch(hidden, x, w1, gain, eps, b1, activation=activation, gated=gated)
@@ -224,7 +223,7 @@ def launch(
         x_position=x.stride(0),
         out=out,
         **constants(
-            what,
+            problem,
             config,
             x_row=row_stride(x),
             eps=eps,

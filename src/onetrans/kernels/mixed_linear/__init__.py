@@ -1,6 +1,6 @@
 """mixed_linear: a projection with weights per position, RMSNorm before and residual after."""
 
-from onetrans.kernels.mixed_linear.into_state import keys_into_state, keys_into_state_reference
+from onetrans.kernels.mixed_linear.into_state import keys_into_state, keys_into_state_op, keys_into_state_reference
 from onetrans.kernels.mixed_linear.op import (
     mixed_linear,
     mixed_linear_op,
@@ -10,6 +10,7 @@ from onetrans.kernels.mixed_linear.op import (
 
 __all__ = [
     "keys_into_state",
+    "keys_into_state_op",
     "keys_into_state_reference",
     "mixed_linear",
     "mixed_linear_op",

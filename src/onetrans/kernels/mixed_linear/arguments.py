@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from onetrans.kernels.dispatch import HALF
+from onetrans.kernels.define import HALF
 from onetrans.kernels.jit import interpreted
 
 

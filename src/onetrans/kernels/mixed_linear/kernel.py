@@ -14,12 +14,12 @@ import triton.language as tl
 
 from onetrans.kernels.activations import ACTIVATIONS
 from onetrans.kernels.jit import activate, dot, interpreted, launcher, name_of, narrow, row_sum
-from onetrans.kernels.launch import LaunchConfig, Problem, choose
+from onetrans.kernels.launch import LaunchConfig, Problem, choose, table
 from onetrans.kernels.launch.device import device_of
-from onetrans.kernels.launch.table import problem
 from onetrans.kernels.mixed_linear.arguments import check_dtypes, check_shape, in_place, row_stride
 from onetrans.kernels.mixed_linear.configs import default
 
+# Sizes of requests, not specialised on: Triton would make variants for 1 and for multiples of 16.
 INTEGERS = ("rows", "x_position", "tokens", "window")
 
 
@@ -80,10 +80,12 @@ def mixed_linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_value = acc
     squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    # x is read once: the product takes x * gain, the squares of the same tile are summed beside it, and 1 / rms, one
+    # number per row, multiplies the finished sums.
     for k0 in range(0, depth, BLOCK_K):
         x_mask = real[:, None]
         w_mask = inside[None, :]
-        if D % BLOCK_K != 0:
+        if D % BLOCK_K != 0:  # decided when compiling: most models' widths need no mask in depth
             x_mask = x_mask & (k < D - k0)[None, :]
             w_mask = w_mask & (k < D - k0)[:, None]
         a = tl.load(x_tile + k0, mask=x_mask, other=0.0)
@@ -111,7 +113,7 @@ def mixed_linear_kernel(
         goal += tl.load(slots + users, mask=real, other=0) * window
         written = written[:, None] & inside[None, :]
         y = narrow(y, out.dtype.element_ty, WIDE)
-        begin = goal[:, None] * SPAN
+        begin = goal[:, None] * SPAN  # int64, as slots are: a pool may hold more than 2^31 elements
         if half == 0:
             tl.store(out + begin + n[None, :], y, mask=written)
         else:
@@ -151,7 +153,7 @@ def signature(
 
 
 def constants(
-    what: Problem,
+    problem: Problem,
     config: LaunchConfig,
     *,
     x_row: int,
@@ -166,7 +168,7 @@ def constants(
     """Values of the compile-time arguments, and None for the run-time arguments that the variant lacks.
 
     Args:
-        what: With sizes D, F, P and `gated`, 0 or 1.
+        problem: With sizes D, F, P and `gated`, 0 or 1.
         config: Its tiles.
         x_row: Elements between rows of x.
         eps: Added to the mean square.
@@ -181,13 +183,13 @@ def constants(
     optional = ("gain", "bias", "residual", "slots", "first", "length", "tokens", "window", "v_state")
     return {
         **{name: None for name in optional if name not in there},
-        "D": what["D"],
-        "F": what["F"],
+        "D": problem["D"],
+        "F": problem["F"],
         "X_ROW": x_row,
-        "GAIN_POSITION": what["D"] if gain_per_position else 0,
+        "GAIN_POSITION": problem["D"] if gain_per_position else 0,
         "EPS": eps,
         "ACTIVATION": activation,
-        "GATED": bool(what["gated"]),
+        "GATED": bool(problem["gated"]),
         "STATE": state,
         "WIDE": interpreted(),
         "BLOCK_M": config.block_m,
@@ -237,8 +239,8 @@ def launch(
     check_shape("out", out, (P, B, F))
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
-    what = problem("mixed_linear", name_of(x.dtype), B, D=D, F=F, P=P, gated=int(gated))
-    config = config or choose(what, device_of(x.device), default)
+    problem = table.problem("mixed_linear", name_of(x.dtype), B, D=D, F=F, P=P, gated=int(gated))
+    config = config or choose(problem, device_of(x.device), default)
     x = in_place(x)
     tensors = {"gain": gain, "bias": bias, "residual": residual}
     launcher(mixed_linear_kernel)[(triton.cdiv(B, config.block_m), triton.cdiv(F, config.block_n), P)](
@@ -249,7 +251,7 @@ def launch(
         x_position=x.stride(0),
         out=out,
         **constants(
-            what,
+            problem,
             config,
             x_row=row_stride(x),
             eps=eps,
@@ -298,8 +300,8 @@ def launch_into_state(
         raise ValueError("k_state and v_state are written in place and must be contiguous")
     if U == 0:
         return
-    what = problem("mixed_linear", name_of(x.dtype), rows, D=D, F=F, P=1, gated=0)
-    config = choose(what, device_of(x.device), default)
+    problem = table.problem("mixed_linear", name_of(x.dtype), rows, D=D, F=F, P=1, gated=0)
+    config = choose(problem, device_of(x.device), default)
     x = in_place(x)
     tensors = {"gain": gain, "bias": bias, "slots": slots, "first": first, "length": length}
     tiles = 2 * triton.cdiv(F // 2, config.block_n)
@@ -314,7 +316,7 @@ def launch_into_state(
         out=k_state,
         v_state=v_state,
         **constants(
-            what, config, x_row=row_stride(x), eps=eps, gain=gain is not None, bias=bias is not None, state=True
+            problem, config, x_row=row_stride(x), eps=eps, gain=gain is not None, bias=bias is not None, state=True
         ),
         num_warps=config.warps,
         num_stages=config.stages,

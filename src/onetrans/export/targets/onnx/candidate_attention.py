@@ -28,9 +28,10 @@ def candidate_attention(
     keys: Sequence[Value],
     values: Sequence[Value],
     lengths: Sequence[Value],
-    slots: None,
+    slots: Value | None = None,
 ) -> Value:
     """One softmax over the user's segments and the own causal block; see `onetrans.kernels.candidate_attention`."""
+    assert slots is None  # this target's states come one after another, without a pool
     P, H, E = int(q.shape[0]), int(keys[0].shape[2]), int(keys[0].shape[3])
     U = size(keys[0], 0)
     split_heads = shape(P, U, -1, H, E)

@@ -23,6 +23,7 @@ from onetrans.export.targets.onnx.files import INLINE_BYTES
 from onetrans.export.targets.onnx.history_attention import history_attention
 from onetrans.export.targets.onnx.mixed_ffn import mixed_ffn
 from onetrans.export.targets.onnx.mixed_linear import mixed_linear
+from onetrans.export.targets.onnx.take_rows import take_rows
 from onetrans.spec import TensorSpec
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "mixed_ffn": mixed_ffn,
     "history_attention": history_attention,
     "candidate_attention": candidate_attention,
+    "take_rows": take_rows,
 }
 
 

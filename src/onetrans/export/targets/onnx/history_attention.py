@@ -16,11 +16,13 @@ def history_attention(
     past_k: Value | None = None,
     past_v: Value | None = None,
     past_length: Value = None,
+    slots: Value | None = None,
 ) -> Value:
     """Lower-right causal attention of q [U, Nq, H, E]; see `onetrans.kernels.history_attention`.
 
     The valid length is implied by causality for every row that is read.
     """
+    assert slots is None  # this target's states come one after another, without a pool
     H, E = int(q.shape[2]), int(q.shape[3])
     last = op.Add(op.Unsqueeze(q_start, ints(1)), positions(size(q, 1)))
     visible = op.LessOrEqual(positions(size(k, 1)), op.Unsqueeze(last, ints(1, 3)))

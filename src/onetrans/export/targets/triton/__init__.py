@@ -9,13 +9,12 @@ from collections.abc import Mapping
 
 from onetrans.export.passes.base import Pass, run_passes
 from onetrans.export.passes.dense_to_mixed_linear import DenseToMixedLinear
-from onetrans.export.passes.queried_rows import QueriedRows
 from onetrans.export.passes.state_in_slabs import StateInSlabs
 from onetrans.export.passes.triton_kernels import TritonKernels
 from onetrans.export.program import Program
 from onetrans.export.targets.base import Artifact
 
-PASSES: tuple[Pass, ...] = (DenseToMixedLinear(), QueriedRows(), StateInSlabs(), TritonKernels())
+PASSES: tuple[Pass, ...] = (DenseToMixedLinear(), StateInSlabs(), TritonKernels())
 
 
 def lower(programs: Mapping[str, Program]) -> dict[str, Artifact[Program]]:

@@ -1,4 +1,4 @@
-"""queried_rows: the S-tokens of a window that go on querying, taken in one launch; index arithmetic takes six."""
+"""take_rows in Triton: one launch, where plain index arithmetic takes six."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ BLOCK_M = 16
 
 @triton.jit(do_not_specialize=("N", "rows"), do_not_specialize_on_alignment=("start",))
 def queried_rows_kernel(x, start, N, rows, out, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Row i of user u is row min(start[u] + i, N - 1) of x [U, N, D]; all are contiguous."""
+    """Row i of user u is row min(start[u] + i, N - 1) of x [U, N, D]; all are contiguous.
+
+    Records of compiled kernels know it by this name.
+    """
     user = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Masked rows read nothing, so `source` need only be right where row < rows. N and rows change with the request and
+    # are not specialised on; WIDTH is D's next power of two, since tiles are.
     source = tl.minimum(tl.load(start + user).to(tl.int32) + row, N - 1)
     column = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (column < D)[None, :]
@@ -23,9 +28,9 @@ def queried_rows_kernel(x, start, N, rows, out, D: tl.constexpr, WIDTH: tl.const
     tl.store(out + (user * rows + row)[:, None] * D + column[None, :], taken, mask=inside)
 
 
-@torch.library.triton_op("onetrans_triton::queried_rows", mutates_args=())
-def queried_rows(x: torch.Tensor, start: torch.Tensor, rows: int) -> torch.Tensor:
-    """Rows start[u] … start[u] + rows - 1 of x [U, N, D]; past the end the last row is repeated."""
+@torch.library.triton_op("onetrans_triton::take_rows", mutates_args=())
+def take_rows_triton(x: torch.Tensor, start: torch.Tensor, rows: int) -> torch.Tensor:
+    """The kernel as an op that captures see into; see `take_rows_reference`."""
     U, N, D = x.shape
     out = x.new_empty((U, rows, D))
     launcher(queried_rows_kernel)[(triton.cdiv(rows, BLOCK_M), U)](
