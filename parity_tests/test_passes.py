@@ -128,7 +128,7 @@ def test_a_failure_names_the_pass_and_those_before_it(
 
 
 def test_preconditions(captured: tuple[Program, Program]) -> None:
-    for one, words in ((DropPast(), "no input holds keys or values"), (KeepRows(), "so that it is no append)):
+    for one, words in ((DropPast(), "no input holds keys or values"), (KeepRows(), "so that it is no append")):
         with pytest.raises(ExportError, match=f"^pass {one.name}: .*{words}.* \\(passes before it: none\\)$"):
             run_pass(captured[0], one)
 
