@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x · log2 e); exp2 is one instruction
 
 
 def interpreted() -> bool:
@@ -70,14 +70,12 @@ def capacity(x: torch.Tensor, token: int) -> int:
 
 @triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr):
-    """acc + a @ b in float32. WIDE widens the operands first: the interpreter's product of bfloat16 is wrong.
-
-    "ieee" matters for float32 operands only, which Triton would round to TF32.
-    """
+    """acc + a @ b in float32. WIDE widens the operands first: the interpreter's product of bfloat16 is wrong."""
+    # Widening changes no product: those of two bfloat16 or float16 values, 16 or 22 bits, are exact in float32.
     if WIDE:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")  # for float32 operands: the default is TF32, of 10 mantissa bits
 
 
 @triton.jit
@@ -86,10 +84,10 @@ def softmax_step(scores, m, total):
 
     Returns the tile's weights, the new maximum and total, and the factor for what was summed before.
     """
-    # exp2 is the hardware's exponential, hence LOG2E. The factor's product and the weights' are explicit multiply-adds:
-    # see the head of this file. A row whose maximum is still -inf subtracts 0, since -inf - -inf is NaN.
     m_new = tl.maximum(m, tl.max(scores, 1))
+    # A row that has seen nothing has m_new = -inf, and -inf - -inf is NaN; against 0 its weights are exp2(-inf) = 0.
     top = tl.where(m_new == float("-inf"), 0.0, m_new)
+    # exp(score - top) with one rounding less: the multiplication by log2 e and the difference are one fma.
     weights = tl.exp2(tl.fma(scores, LOG2E, (top * -LOG2E)[:, None]))
     factor = tl.exp2((m - top) * LOG2E)  # exactly 1 where the tile holds nothing new, so that such tiles do not count
     return weights, m_new, tl.fma(total, factor, tl.sum(weights, 1)), factor
@@ -111,6 +109,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 def narrow(x, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     """x in float32 rounded to the nearest of DTYPE. WIDE rounds by hand: the interpreter cuts bfloat16 off."""
     if WIDE and DTYPE.is_bf16():
+        # Just under half a unit in the last place, plus the last bit that is kept: ties carry only into odd values.
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -125,6 +124,7 @@ def row_sum(x, STEPS: tl.constexpr):
     a row alone at an odd address would have another last bit. A pair has one sum.
     """
     M: tl.constexpr = x.shape[0]
+    # Each step halves the columns: [M, 2^s] as [M, 2^(s-1), 2], neighbours added. Static, so that shapes are constants.
     for step in tl.static_range(0, STEPS):
         x = tl.sum(tl.reshape(x, (M, 1 << (STEPS - 1 - step), 2)), 2)
     return tl.reshape(x, (M,))

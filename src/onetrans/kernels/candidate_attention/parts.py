@@ -11,6 +11,7 @@ from onetrans.kernels.jit import LOG2E, dot, narrow, softmax_step
 @triton.jit
 def ends(user, length0, length1, length2, capacity0, capacity1, capacity2, SEGMENTS: tl.constexpr):
     """Where the first two segments end in the sequence of all, and how long that is; never beyond a segment's slab."""
+    # A length beyond its slab must never read the state of another user, whatever the caller passed.
     end0 = tl.minimum(tl.load(length0 + user).to(tl.int32), capacity0)
     end1 = end0
     if SEGMENTS > 1:
@@ -24,6 +25,7 @@ def ends(user, length0, length1, length2, capacity0, capacity1, capacity2, SEGME
 @triton.jit
 def sequence(at, base0, base1, base2, end0, end1, TOKEN: tl.constexpr, SEGMENTS: tl.constexpr):
     """Addresses of tokens `at` of the segments' sequence."""
+    # As in history_attention: a tile may hold tokens of several segments, so that tiles stand at fixed places.
     address = base0 + at * TOKEN
     if SEGMENTS > 1:
         address = tl.where(at < end0, address, base1 + (at - end0) * TOKEN)
@@ -58,7 +60,7 @@ def over_keys(
         if E1 > 0:
             key = tl.load(key_rows[:, None] + e1[None, :], mask=exists, other=0.0)
             scores = dot(q1, tl.trans(key), scores, WIDE)
-        # Loads past the end gave keys of 0, whose score would be 0 and count; -inf makes their weight an exact 0.
+        # Every candidate sees all of the user's valid tokens: the mask is the end of the keys, alike for all rows.
         scores = tl.where((at < end)[None, :], scores, float("-inf"))
         weights, m, total, factor = softmax_step(scores, m, total)
         weights = narrow(weights, value.dtype, WIDE)
@@ -84,6 +86,9 @@ def over_own(
     if E1 > 0:
         acc1 = tl.zeros((BLOCK_M, E1), tl.float32)
         e1 = E0 + tl.arange(0, E1)
+    # Candidates' blocks lie PAD columns apart (`configs.padded`), so that a tile of BLOCK_N columns holds whole blocks
+    # or whole parts of one. Rows meet other candidates' columns too, and mask them: that fills the matrix unit, which
+    # takes no fewer than 64 rows on Hopper, with one product where a product per candidate would have P rows each.
     for start in range(0, GROUP * PAD, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         candidate = column // PAD
@@ -96,7 +101,6 @@ def over_own(
         if E1 > 0:
             key = tl.load((k + rows)[:, None] + e1[None, :], mask=exists, other=0.0)
             scores = dot(q1, tl.trans(key), scores, WIDE)
-        # A tile's candidates share one product; whatever is not the row's own causal block is masked.
         visible = (candidate[None, :] == row_candidate[:, None]) & (position[None, :] <= row_position[:, None])
         scores = tl.where(visible, scores, float("-inf"))
         weights, m, total, factor = softmax_step(scores, m, total)
@@ -112,7 +116,9 @@ def over_own(
 def factors(m, m_next):
     """The new maximum of a fold, and what each side is multiplied by."""
     top = tl.maximum(m, m_next)
-    safe = tl.where(top == float("-inf"), 0.0, top)  # both sides empty: -inf - -inf would be NaN, and -inf - 0 gives 0
+    # Both sides may have seen nothing: their factors are then exp2(-inf) = 0, not the NaN of -inf - -inf. A side that
+    # is empty alone has factor 0, and the other one exactly 1, so folding an empty split changes no bit.
+    safe = tl.where(top == float("-inf"), 0.0, top)
     return top, tl.exp2((m - safe) * LOG2E), tl.exp2((m_next - safe) * LOG2E)
 
 
