@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,14 @@ def latency_table(record: Record) -> Table:
 
 def latency_markdown(record: Record) -> str:
     """The percentiles as a Markdown table, with its origin below."""
-    names = list(next(iter(record["summary"].values())))
-    lines = [f"**{title(record)}**", "", markdown_row(("ms", *names)), markdown_row(("---", *("---:" for _ in names)))]
-    lines += [markdown_row(row) for row in latency_rows(record)]
-    return "\n".join([*lines, "", *(f"Note: {note}." for note in record["notes"]), origin(record["environment"]), ""])
+    notes = (f"Note: {note}." for note in record["notes"])
+    return "\n".join([*latency_lines(record), "", *notes, origin(record["environment"]), ""])
+
+
+def latency_lines(record: Record) -> list[str]:
+    """The percentiles as lines of Markdown, under their title."""
+    head = ("ms", *next(iter(record["summary"].values())))
+    return [f"**{title(record)}**", "", *markdown_table(head, latency_rows(record))]
 
 
 def title(record: Record) -> str:
@@ -73,9 +77,10 @@ def origin(environment: dict[str, Any]) -> str:
     return f"{machine}; {commit}; {environment['date'][:10]}."
 
 
-def markdown_row(cells: tuple[str, ...]) -> str:
-    """One row of a Markdown table."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, all columns but the first to the right."""
+    rows = [head, ("---", *("---:" for _ in head[1:])), *body]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
 
 
 @click.command()

@@ -1,17 +1,20 @@
-"""Timing: contestants in turn, block by block, on a GPU by events around graph replays, in a rehearsal by the clock."""
+"""Timing of what a torch device runs: contestants in turn, block by block; by events around graph replays on a GPU.
+
+This module needs torch; nothing else of `onetrans.bench` does.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from onetrans.bench.run import quiet_collector
 from onetrans.bench.stats import LEAST_PAIRS, Estimate, median, median_ratio
 
 BLOCKS = 10
@@ -26,30 +29,24 @@ METHOD = (
     " are CUDA graphs"
 )
 
+Samples = Sequence[Sequence[float]]  # seconds of each call, block by block
+Blocks = dict[str, list[list[float]]]  # the samples of each contestant
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Something to time.
-
-    Attributes:
-        go: Launches it.
-        calls: Of the computation in one `go`; the time is divided by them.
-        kept: What must stay alive.
-    """
+    """Something to time: `go` launches it, `calls` times the computation; `kept` must stay alive."""
 
     go: Callable[[], Any]
     calls: int = 1
     kept: Sequence[Any] = field(default_factory=tuple)
 
 
-Blocks = dict[str, list[list[float]]]  # contestant: seconds of each call, block by block
-
-
 class Timer(Protocol):
     """What a measure needs of a timer."""
 
     def graph(self, calls: Sequence[Callable[[], Any]]) -> Run:
-        """The calls, in sequence, as one thing to launch."""
+        """The calls, in sequence, as one thing to launch; `kept[1]` is what they return."""
 
     def plain(self, call: Callable[[], Any]) -> Run:
         """A call as Python makes it."""
@@ -94,8 +91,8 @@ class CudaTimer:
         return Run(go=call)
 
     def blocks(self, runs: Mapping[Any, Run], count: int = BLOCKS) -> dict[Any, list[list[float]]]:
-        """See `METHOD`."""
-        with collector_at_rest():
+        """See `METHOD`; fewer repeats of what takes longer."""
+        with quiet_collector():
             repeats = {}
             for name, run in runs.items():
                 self._sample(run, 2)
@@ -139,29 +136,17 @@ class HostTimer:
         return found
 
 
-@contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Keeps Python's garbage collector from running amid a measurement."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def per_block(blocks: Sequence[Sequence[float]]) -> list[float]:
+def per_block(blocks: Samples) -> list[float]:
     """The median of each block."""
     return [statistics.median(block) for block in blocks]
 
 
-def typical(blocks: Sequence[Sequence[float]]) -> Estimate:
+def typical(blocks: Samples) -> Estimate:
     """The median over blocks, in seconds."""
     return median(per_block(blocks))
 
 
-def times_faster(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Estimate:
+def times_faster(ours: Samples, theirs: Samples) -> Estimate:
     """How many times faster ours is: the median of theirs over ours, block by block."""
     return median_ratio(per_block(theirs), per_block(ours))
 
