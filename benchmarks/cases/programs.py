@@ -287,7 +287,7 @@ def _report(
     arithmetic, moving = work.flops / limits.matmul[dtype], work.bytes / limits.copy
     outcome.notes.append(
         f"{title}: {1e6 * time.value:.0f} µs; arithmetic at the product's rate takes {1e6 * arithmetic:.0f} µs,"
-        f" bytes at the copy's {1e6 * moving:.0f} µs, {count} launches about {1e6 * (count or 0) * limits.launch:.0f} µs"
+        f" bytes at the copy's {1e6 * moving:.0f} µs, {count} launches {1e6 * (count or 0) * limits.launch:.0f} µs"
     )
 
 

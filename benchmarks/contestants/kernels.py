@@ -274,7 +274,7 @@ def _candidate_sdpa(case: Case, name: str, backend: SDPBackend) -> list[Provider
 
     def both(given: Any) -> torch.Tensor:
         q, windows, own, mask = given
-        return _attend(backend, q, *expand(windows, own), mask)
+        return _with_mask(backend, (q, *expand(windows, own), mask))
 
     def finish(out: torch.Tensor) -> torch.Tensor:
         return out.permute(2, 0, 1, 3).flatten(2)
