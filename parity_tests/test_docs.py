@@ -1,75 +1,142 @@
+"""README and docs: links lead somewhere, what is named exists, and snippets and commands run as typed."""
+
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
 from onetrans.cli.main import COMMANDS, cli
+from onetrans.features.requests import read_requests
+from onetrans.model.presets import preset
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").glob("*.md"))]
+MEASURING = ("python -m benchmarks", "make bench", "make gpu")  # minutes to hours: they must parse, and are not run
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for found, body in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Every command of a page's shell blocks, without its comment."""
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = " ".join(shlex.split(line, comments=True, posix=False))
+            if command:
+                yield command
+
+
+def cli_commands(page: Path) -> list[list[str]]:
+    return [shlex.split(line) for line in commands(page) if line.startswith("onetrans")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
             assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_are_named_exist(page):
-    for name in re.findall(
-        r"`((?:src|docs|parity_tests|benchmarks|export|features|model|kernels|runtime)/[\w./]+\w)", page.read_text()
-    ):
+def test_files_that_are_named_exist(page: Path) -> None:
+    rooms = "src|docs|parity_tests|benchmarks|export|features|model|kernels|runtime|parity|bench|sizing|cli"
+    for name in re.findall(rf"`((?:{rooms})/[\w./]+\w)", page.read_text(encoding="utf-8")):
         path = name.split(":")[0]
         assert (ROOT / path).exists() or (ROOT / "src/onetrans" / path).exists(), name
 
 
-def commands_in(text: str) -> list[list[str]]:
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [shlex.split(line) for line in lines if line]
-
-
-def test_the_readmes_commands_parse_with_the_options_they_name():
-    found = [c for page in PAGES for c in commands_in(page.read_text()) if c[0].startswith("onetrans")]
-    assert len(found) >= 5
-    for words in found:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_parse_with_the_options_they_name(page: Path) -> None:
+    for words in cli_commands(page):
         name, arguments = ("export", words[1:]) if words[0] == "onetrans-export" else (words[1], words[2:])
         command = cli.get_command(click.Context(cli), name)
         assert command is not None, words
         command.make_context(name, list(arguments))
 
 
-def test_the_readme_names_every_command_and_make_target():
-    readme = (ROOT / "README.md").read_text()
+def test_the_readme_names_every_command_and_make_targets_that_exist() -> None:
+    readme = README.read_text(encoding="utf-8")
     assert all(f"onetrans {name}" in readme for name in COMMANDS)
-    makefile = (ROOT / "Makefile").read_text()
-    for words in commands_in(readme):
-        if words[0] == "make":
-            assert re.search(rf"^{words[1]}:", makefile, re.M), words
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    typed = [shlex.split(line) for page in PAGES for line in commands(page) if line.startswith("make ")]
+    assert ["make", "demo"] in typed
+    for words in typed:
+        assert re.search(rf"^{words[1]}:", makefile, re.M), words
 
 
-def test_the_readmes_request_is_one_that_the_preset_takes(tmp_path):
-    from onetrans.features.requests import read_requests
-    from onetrans.model.presets import preset
-
-    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (tmp_path / "requests.json").write_text(block)
-    (request,) = read_requests(tmp_path / "requests.json", preset("tiny").schema)
+def test_the_readmes_request_is_one_that_the_preset_takes(tmp_path: Path) -> None:
+    (request,) = read_requests(write_request(tmp_path), preset("tiny").schema)
     assert [candidate["item_id"] for candidate in request.candidates] == [40]
 
 
-def test_ci_runs_the_readmes_commands():
-    run = (ROOT / ".ci/run").read_text()
-    assert run.index("make test") < run.index("make demo")
+def write_request(folder: Path) -> Path:
+    (block,) = blocks(README, "json")
+    path = folder / "requests.json"
+    path.write_text(block, encoding="utf-8")
+    return path
 
 
-def test_the_picture_is_that_of_onetrans_s():
-    svg = (ROOT / "docs/split.svg").read_text()
+def run(command: list[str], folder: Path) -> str:
+    """Runs a command of a page in a folder, with the scripts of this interpreter's environment on the path."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_and_commands_run_as_typed(
+    page: Path, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """In one folder, in the page's order; `onetrans train` alone is not repeated: the demo types it."""
+    write_request(tmp_path)
+    for name, source in (("checkpoint", tiny_checkpoint), ("bundle", tiny_bundle)):
+        if page != README:
+            shutil.copytree(source, tmp_path / name)
+    snippets: list[str] = []
+    for language, body in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            snippets.append(body)
+        elif language == "sh":
+            for line in body.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:2] == ["onetrans", "train"]:
+                    shutil.copytree(tiny_checkpoint, tmp_path / words[words.index("--output") + 1])
+                elif words and words[0].startswith("onetrans"):
+                    run(words, tmp_path)
+                elif words and words[0] not in ("make", "pip") and not line.startswith(MEASURING):
+                    run(["bash", "-euc", line], tmp_path)
+    if snippets:  # those of a page are typed into one interpreter
+        run([sys.executable, "-c", "\n".join(snippets)], tmp_path)
+
+
+def test_there_are_snippets_and_commands_to_run() -> None:
+    assert sum(len(blocks(page, "python")) for page in PAGES) >= 5
+    assert sum(len(cli_commands(page)) for page in PAGES) >= 15
+    assert [words[1] for words in cli_commands(README)] == ["train", "--checkpoint", "verify", "score", "bench"]
+
+
+def test_ci_runs_the_readmes_commands() -> None:
+    text = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert text.index("make test") < text.index("make demo")
+
+
+def test_the_picture_is_that_of_onetrans_s() -> None:
+    svg = (ROOT / "docs/split.svg").read_text(encoding="utf-8")
     for text in ("onetrans-s", "k0, v0 [U, L, 4, 64]", "k5, v5", "prefill: once per user", "decode: per candidate"):
         assert text in svg

@@ -10,13 +10,14 @@ from torch import nn
 from onetrans.errors import ExportError
 from onetrans.export.capture import capture, capture_model
 from onetrans.export.models.base import adapt
-from onetrans.export.passes.drop_past import drop_past
-from onetrans.export.passes.keep_rows import keep_rows
+from onetrans.export.passes.base import run_pass, run_passes
+from onetrans.export.passes.drop_past import DropPast
+from onetrans.export.passes.keep_rows import KeepRows
 from onetrans.export.probe import probe_split
 from onetrans.export.split import Split, extract, split
 from onetrans.model.checkpoint import random_model
 from onetrans.model.onetrans import OneTrans
-from onetrans.spec import TensorSpec
+from onetrans.spec import State, TensorSpec
 from parity_tests.configs import VARIANTS, small_config
 
 SIZES = {"U": 2, "C": 3, "L": 5}
@@ -103,10 +104,14 @@ def test_a_past_that_another_op_reads_cannot_be_dropped():
         def forward(self, x, past):
             return (x + past.sum(),)
 
-    specs = [TensorSpec(name=name, dtype="float32", dims=("U", "L"), scope="user") for name in ("x", "past_k0")]
+    state = State(role="key", layer=0, capacity=8)
+    specs = [
+        TensorSpec(name="x", dtype="float32", dims=("U", "L"), scope="user"),
+        TensorSpec(name="past_k0", dtype="float32", dims=("U", "L"), scope="user", state=state),
+    ]
     program = capture(Adds(), (torch.ones(2, 3), torch.ones(2, 3)), specs, {"U": (1, 8), "L": (1, 8)}, ["y"])
     with pytest.raises(ExportError, match="past_k0 is read by sum_1, which is no attention"):
-        drop_past(program, ["past_k0"])
+        run_pass(program, DropPast())
 
 
 def test_the_split_scores_as_the_model_does(captured):
@@ -178,7 +183,8 @@ def test_append_graph_grows_a_state_to_that_of_a_fresh_prefill(captured):
         fresh, cached = (named(parts.prefill, state) for state in run)
         inputs = {**after, **{f"past_{name}": value for name, value in cached.items()}}
         grown = named(graph, graph.module(*(inputs[s.name] for s in graph.inputs)))
-        lean, gone = keep_rows(graph)
+        (made,) = run_passes(graph, (KeepRows(),))
+        lean, gone = made.program, made.changed
         again = lean.module(*(inputs[s.name] for s in lean.inputs))
     starts = (model.config.max_history, *model.config.keep[:-1])  # the top layer's queries are dead
     assert len(gone) == sum(before != after for before, after in itertools.pairwise(starts))

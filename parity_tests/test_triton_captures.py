@@ -75,7 +75,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from benchmarks.gpu.programs import place
 from onetrans.export.config import ExportConfig
-from onetrans.export.passes.keep_rows import keep_rows
 from onetrans.export.split import extract, split
 from onetrans.export.targets.triton.target import lower
 from onetrans.model.onetrans import OneTrans

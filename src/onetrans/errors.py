@@ -55,7 +55,7 @@ class ExportError(JobError):
 
 
 class ParityError(JobError):
-    """A backend's results are too far from gold, or nothing was compared."""
+    """A backend's results are too far from the reference, or nothing was compared."""
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:

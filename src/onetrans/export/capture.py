@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from onetrans.errors import ExportError
 from onetrans.export.models.base import Bounds, ModelAdapter
-from onetrans.export.passes.drop_past import drop_past
+from onetrans.export.passes.base import run_pass
+from onetrans.export.passes.drop_past import DropPast
 from onetrans.export.program import Program, from_exported
 from onetrans.spec import TensorSpec
 
@@ -24,8 +25,9 @@ def capture_model(model: ModelAdapter, bounds: Bounds) -> tuple[Program, Program
     """
     given = model.capture_inputs(bounds)
     program = capture(model.module, given.arguments, given.specs, given.bounds, model.tasks)
-    past = [spec.name for spec in program.inputs if spec.state is not None]
-    return (drop_past(program, past), program) if past else (program, None)
+    if not any(spec.state is not None for spec in program.inputs):
+        return program, None
+    return run_pass(program, DropPast()), program
 
 
 def capture(

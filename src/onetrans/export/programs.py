@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from onetrans.export.capture import capture_model
 from onetrans.export.models.base import Bounds, ModelAdapter
-from onetrans.export.passes.keep_rows import keep_rows
+from onetrans.export.passes.base import run_pass
+from onetrans.export.passes.keep_rows import KeepRows
 from onetrans.export.program import Program
 from onetrans.export.split import Split, extract, split
 
@@ -42,5 +43,5 @@ def make_programs(model: ModelAdapter, bounds: Bounds, begin: Callable[[str], No
     parts = split(whole)
     programs = {"prefill": parts.prefill, "decode": parts.decode}
     if append is not None:
-        programs["append"], _ = keep_rows(extract(append, parts.report.cut))
+        programs["append"] = run_pass(extract(append, parts.report.cut), KeepRows())
     return Programs(split=parts, by_name=programs)

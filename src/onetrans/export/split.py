@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,17 +9,14 @@ import torch
 from torch import fx
 
 from onetrans.errors import ExportError
-from onetrans.export.passes.constant_folding import fold_constants
-from onetrans.export.passes.dead_code import remove_dead_code
-from onetrans.export.passes.partial_product import split_partial_products
+from onetrans.export.arguments import arguments, is_op
+from onetrans.export.passes import DEFAULT
+from onetrans.export.passes.base import PassRun, run_passes
 from onetrans.export.program import Program
 from onetrans.export.scope import HeldBack, NodeScope, analyse, held_back, is_size, state_name
 from onetrans.export.subgraph import subgraph
-from onetrans.spec import ROLES, Role, State, TensorSpec
+from onetrans.spec import Role, State, TensorSpec
 
-log = logging.getLogger(__name__)
-
-STATE_VALUE = "onetrans.state_value.default"
 SELECTIONS = (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor)
 
 
@@ -58,21 +53,13 @@ class Split:
     report: SplitReport
 
 
-def prepare(program: Program) -> tuple[Program, dict[str, tuple[str, ...]]]:
-    """Runs the passes; returns the program and what each did, `dead_weight` being the weights that no one reads."""
-    weights = program.weights()
-    done: dict[str, tuple[str, ...]] = {}
-    for name, run in (
-        ("dead_code", remove_dead_code),
-        ("partial_product", split_partial_products),
-        ("constant_folding", fold_constants),
-    ):
-        begin = time.perf_counter()
-        program, done[name] = run(program)
-        if name == "dead_code":
-            done["dead_weight"] = tuple(sorted(set(weights) - set(program.weights())))
-        log.info("pass %s: %d changed, %.0f ms", name, len(done[name]), 1e3 * (time.perf_counter() - begin))
-    return _erase_names(program), done
+def prepare(program: Program) -> tuple[PassRun, ...]:
+    """Runs the default passes.
+
+    Raises:
+        ExportError: A pass refused the program or failed.
+    """
+    return run_passes(program, DEFAULT)
 
 
 def split(program: Program) -> Split:
@@ -81,7 +68,8 @@ def split(program: Program) -> Split:
     Raises:
         ExportError: No output depends on a candidate, or none on a user.
     """
-    whole, done = prepare(program)
+    runs = {run.name: run for run in prepare(program)}
+    whole = runs[DEFAULT[-1].name].program
     scopes = analyse(whole)
     if any(scopes[node] != "candidate" for node in whole.results()):
         raise ExportError("an output depends on no candidate; every output of a ranking model must")
@@ -98,10 +86,10 @@ def split(program: Program) -> Split:
     report = SplitReport(
         nodes=nodes,
         cut=tuple(state.values()),
-        dead=done["dead_code"],
-        dead_weights=done["dead_weight"],
-        folded=done["constant_folding"],
-        partial_products=done["partial_product"],
+        dead=runs["dead_code"].changed,
+        dead_weights=tuple(sorted(set(program.weights()) - set(runs["dead_code"].program.weights()))),
+        folded=runs["constant_folding"].changed,
+        partial_products=runs["partial_product"].changed,
         held_back=held_back(whole, scopes),
     )
     return Split(whole=whole, prefill=prefill, decode=decode, report=report)
@@ -113,7 +101,7 @@ def extract(program: Program, state: Sequence[TensorSpec]) -> Program:
     Raises:
         ExportError: The program does not compute one of the state's tensors.
     """
-    whole, _ = prepare(program)
+    whole = prepare(program)[-1].program
     scopes = analyse(whole)
     made: dict[tuple[Role, int | str], fx.Node] = {}
     for node in whole.module.graph.nodes:
@@ -154,20 +142,6 @@ def find_cut(program: Program, scopes: dict[fx.Node, NodeScope]) -> list[fx.Node
 
 def _named_source(node: fx.Node) -> fx.Node:
     source = node
-    while source.target in SELECTIONS and "state_name" not in source.meta:
-        source = source.args[0]  # type: ignore[assignment]
+    while is_op(source, *SELECTIONS) and "state_name" not in source.meta:
+        source = arguments(source)["self"]
     return source if "state_name" in source.meta else node
-
-
-def _erase_names(program: Program) -> Program:
-    graph = program.module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and str(node.target) == STATE_VALUE:
-            source, name, role, layer, capacity = node.args
-            source.meta["state_name"] = name
-            if role in ROLES:
-                source.meta["state"] = State(role=role, layer=layer, capacity=capacity)
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
-    program.module.recompile()
-    return program

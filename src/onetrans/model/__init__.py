@@ -1,1 +1,1 @@
-"""The reference OneTrans: one `forward` that defines the model for training, for the gold and for every export."""
+"""The reference OneTrans: one `forward` that defines the model for training, for the reference and for every export."""

@@ -35,7 +35,7 @@ def stack_config(config: ModelConfig) -> StackConfig:
 
 
 class OneTrans(nn.Module):
-    """The whole model; its `forward` is the only definition that training, gold, prefill, append and decode share."""
+    """The whole model; training, reference, prefill, append and decode share its one `forward`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class OneTrans(nn.Module):
             past: Per layer K and V of the history before `history_start`, each [U, W, H, E]; None in a fresh prefill.
 
         Returns:
-            Per task float32 logits [U, C] (float64 in the gold).
+            Per task float32 logits [U, C] (float64 in the reference).
         """
         user_tokens, candidate_tokens = self.features(user, candidate)
         s_tokens = self.events(user)

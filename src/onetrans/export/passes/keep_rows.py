@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
+import onetrans.kernels  # noqa: F401  (registers the ops)
+from onetrans.export.arguments import arguments, is_op
+from onetrans.export.passes.base import Changed, Pass
 from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.program import Program
+from onetrans.export.rebuild import Builder, rebuild
 
 aten = torch.ops.aten
-Q_START = 3  # of onetrans.history_attention
+HISTORY = torch.ops.onetrans.history_attention.default
 VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 
 
-def keep_rows(program: Program) -> tuple[Program, tuple[str, ...]]:
-    """The append graph without its row selections; returns the names of those that went.
+class KeepRows(Pass):
+    """Takes the row selections out of an append graph; changed are those that went.
 
     Holds for new tokens that no layer's window leaves out and that are no more than any window may hold; both are what
-    makes an append exact (`onetrans.features.windows.can_append`), and the runtime checks them.
+    makes an append exact (`onetrans.features.windows.Pyramid.can_append`), and the runtime checks them.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    gone: list[str] = []
-    for node in program.module.graph.nodes:
-        source = selected_from(node)
-        if source is not None:
-            copies[node] = copies[source]
-            gone.append(node.name)
-        elif node.target is torch.sym_min and isinstance(node.args[0], fx.Node):
-            copies[node] = copies[node.args[0]]
-        else:
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-            copies[node].meta = dict(node.meta)
-    zeros: fx.Node | None = None
-    for node in list(graph.nodes):
-        if str(node.target) == "onetrans.history_attention.default":
-            if zeros is None:  # every layer's first query is the first new token
-                with graph.inserting_before(node):
-                    zeros = graph.call_function(aten.zeros_like.default, (node.args[Q_START],))
-            node.args = (*node.args[:Q_START], zeros, *node.args[Q_START + 1 :])
-    with enable_python_dispatcher(), program.placeholders()[0].meta["val"].fake_mode:
-        for node in graph.nodes:
-            if node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
-    changed = dataclasses.replace(program, module=fx.GraphModule(program.module, graph))
-    return remove_dead_code(changed)[0].specified(), tuple(gone)
+
+    name = "keep_rows"
+
+    def requires(self, program: Program) -> str | None:
+        """See `Pass.requires`."""
+        if any(spec.is_window for spec in program.inputs):
+            return None
+        return "the program takes no keys and values of a past, so that it is no append"
+
+    def call(self, program: Program) -> Changed:
+        """See `Pass.call`."""
+        gone: list[str] = []
+        zeros: list[fx.Node] = []  # every layer's first query is the first new token
+
+        def visit(build: Builder, node: fx.Node) -> Any:
+            source = selected_from(node)
+            if source is not None:
+                gone.append(node.name)
+                return build.new(source)
+            if node.target is torch.sym_min:
+                return build.new(node.args[0])
+            if is_op(node, HISTORY):
+                if not zeros:
+                    zeros.append(build.call(aten.zeros_like.default, build.new(arguments(node)["q_start"])))
+                made = build.copy(node, q_start=zeros[0])
+                build.refresh(made)
+                return made
+            return None
+
+        changed = rebuild(program, visit, refresh=True)
+        return Changed(program=remove_dead_code(changed).specified(), changed=tuple(gone))
+
+    def ensures(self, before: Program, after: Program) -> str | None:
+        """See `Pass.ensures`."""
+        left = [node.name for node in after.module.graph.nodes if selected_from(node) is not None]
+        return f"{', '.join(left)} still choose rows" if left else None
 
 
 def selected_from(node: fx.Node) -> fx.Node | None:
-    """x [U, N, D], where the node is x's chosen rows [U, rows, D] (`onetrans.model.stack.take_rows`)."""
-    picked = node.args[0] if node.target in VIEWS else None
-    if not isinstance(picked, fx.Node) or picked.target is not aten.index_select.default:
+    """x [U, N, D], where the node is x's chosen rows [U, rows, D] (`take_rows` of the model's stack)."""
+    picked = arguments(node)["self"] if is_op(node, *VIEWS) else None
+    if picked is None or not is_op(picked, aten.index_select.default):
         return None
-    flat = picked.args[0]
-    assert isinstance(flat, fx.Node)
-    source = flat.args[0]
-    return source if isinstance(source, fx.Node) and flat.target in VIEWS else None
+    flat = arguments(picked)["self"]
+    return arguments(flat)["self"] if is_op(flat, *VIEWS) else None

@@ -2,91 +2,105 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.node import Argument
 
+from onetrans.export.arguments import arguments, is_op
+from onetrans.export.passes.base import Changed, Pass
+from onetrans.export.passes.dead_code import remove_dead_code
 from onetrans.export.program import Program
+from onetrans.export.rebuild import Builder, rebuild
 from onetrans.export.scope import NodeScope, analyse
 
 aten = torch.ops.aten
+LINEAR, CONCAT, EXPAND = aten.linear.default, aten.cat.default, aten.expand.default
 
 
-def split_partial_products(program: Program) -> tuple[Program, tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Split:
+    """A linear whose input joins parts of both scopes: the parts in order, and each user part before its broadcast."""
+
+    parts: Sequence[fx.Node]
+    user: Mapping[fx.Node, fx.Node]
+
+
+class PartialProduct(Pass):
     """Rewrites every linear over a last-axis concatenation of broadcast user-scope and candidate-scope parts.
 
     The user part is taken before it is broadcast over the candidates, so its product has one row per user. The bias
-    goes with the user part. Returns the names of the user-scope products.
+    goes with the user part. Changed are the user-scope products.
     """
-    graph = program.module.graph
-    made: list[str] = []
-    for node in list(graph.nodes):
-        if node.target is not aten.linear.default:
+
+    name = "partial_product"
+
+    def call(self, program: Program) -> Changed:
+        """See `Pass.call`."""
+        found = _find(program)
+        made: list[str] = []
+
+        def visit(build: Builder, node: fx.Node) -> Any:
+            if node not in found:
+                return None
+            name = f"partial_product_{len(made)}"
+            made.append(name)
+            return _rewrite(build, node, found[node], name)
+
+        changed = rebuild(program, visit)
+        return Changed(program=remove_dead_code(changed) if made else changed, changed=tuple(made))
+
+    def ensures(self, before: Program, after: Program) -> str | None:
+        """See `Pass.ensures`."""
+        left = [node.name for node in _find(after)]
+        return f"{', '.join(left)} still multiply user and candidate values joined" if left else None
+
+
+def _find(program: Program) -> dict[fx.Node, _Split]:
+    scopes = analyse(program)
+    found = {}
+    for node in program.module.graph.nodes:
+        if not is_op(node, LINEAR):
             continue
-        scopes = analyse(program)
-        concat = node.args[0]
-        assert isinstance(concat, fx.Node)
-        if concat.target is not aten.cat.default or scopes[concat] != "candidate" or not _last_axis(concat):
+        concat = arguments(node)["input"]
+        if not is_op(concat, CONCAT) or scopes[concat] != "candidate":
             continue
-        parts = concat.all_input_nodes
+        given = arguments(concat)
+        parts = given["tensors"]
+        if given["dim"] not in (-1, concat.meta["val"].dim() - 1) or len(set(parts)) != len(parts):
+            continue
         user = {part: before for part in parts if (before := _before_broadcast(part, scopes)) is not None}
-        if 0 < len(user) < len(parts) and len(parts) == len(_listed(concat)):
-            made.append(_rewrite(graph, node, parts, user, f"partial_product_{len(made)}"))
-    program.module.recompile()
-    return dataclasses.replace(program), tuple(made)
-
-
-def _listed(concat: fx.Node) -> Sequence[object]:
-    parts = concat.args[0]
-    assert isinstance(parts, Sequence)
-    return parts
-
-
-def _last_axis(concat: fx.Node) -> bool:
-    axis = concat.args[1] if len(concat.args) > 1 else 0
-    return axis in (-1, concat.meta["val"].dim() - 1)
+        if 0 < len(user) < len(parts):
+            found[node] = _Split(parts, user)
+    return found
 
 
 def _before_broadcast(part: fx.Node, scopes: Mapping[fx.Node, NodeScope]) -> fx.Node | None:
     """The user-scope value that `part` repeats for each candidate, or None."""
-    if part.target is aten.expand.default and scopes[part] == "candidate":
-        (source, *_) = part.all_input_nodes
+    if is_op(part, EXPAND) and scopes[part] == "candidate":
+        source: fx.Node = arguments(part)["self"]
         return source if scopes[source] == "user" else None
     return part if scopes[part] == "user" else None
 
 
-def _rewrite(
-    graph: fx.Graph, node: fx.Node, parts: Sequence[fx.Node], user: Mapping[fx.Node, fx.Node], name: str
-) -> str:
-    _, weight, *bias = node.args
-    assert isinstance(weight, fx.Node)
+def _rewrite(build: Builder, node: fx.Node, found: _Split, name: str) -> fx.Node:
+    given = arguments(node)
+    weight, bias = build.new(given["weight"]), build.new(given["bias"])
 
-    def call(target: torch._ops.OpOverload, args: tuple[Argument, ...], name: str | None = None) -> fx.Node:
-        created = graph.create_node("call_function", target, args, name=name)
-        with enable_python_dispatcher(), node.meta["val"].fake_mode:
-            created.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-        return created
-
-    def product(chosen: Mapping[fx.Node, fx.Node], bias: Sequence[Argument], name: str | None) -> fx.Node:
+    def product(chosen: Mapping[fx.Node, fx.Node], bias: fx.Node | None, name: str | None) -> fx.Node:
         columns, offset = [], 0
-        for part in parts:
+        for part in found.parts:
             width = part.meta["val"].shape[-1]
             if part in chosen:
-                columns.append(call(aten.slice.Tensor, (weight, 1, offset, offset + width)))
+                columns.append(build.call(aten.slice.Tensor, weight, 1, offset, offset + width))
             offset += width
-        values = [chosen[part] for part in parts if part in chosen]
-        w = columns[0] if len(columns) == 1 else call(aten.cat.default, (columns, 1))
-        x = values[0] if len(values) == 1 else call(aten.cat.default, (values, -1))
-        return call(aten.linear.default, (x, w, *bias), name)
+        values = [build.new(chosen[part]) for part in found.parts if part in chosen]
+        w = columns[0] if len(columns) == 1 else build.call(CONCAT, columns, 1)
+        x = values[0] if len(values) == 1 else build.call(CONCAT, values, -1)
+        return build.call(LINEAR, x, w, *([] if bias is None else [bias]), name=name)
 
-    with graph.inserting_before(node):
-        partial = product(user, bias, name)
-        rest = product({part: part for part in parts if part not in user}, [], None)
-        total = call(aten.add.Tensor, (rest, partial))
-    node.replace_all_uses_with(total)
-    graph.erase_node(node)
-    return partial.name
+    partial = product(found.user, bias, name)
+    rest = product({part: part for part in found.parts if part not in found.user}, None, None)
+    return build.call(aten.add.Tensor, rest, partial)

@@ -24,7 +24,7 @@ def linears_as_kernels(program: Program) -> Program:
     for node in list(program.module.graph.nodes):
         if node.target is aten.linear.default and node.args[1].op == "get_attr":
             _replace(program, node)
-    return remove_dead_code(program)[0]
+    return remove_dead_code(program)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def lower(program: Program) -> Program:
             for index, argument in enumerate(node.args):
                 if stem == "candidate_attention" and index < 3:
                     node.update_arg(index, _uncopied(argument))
-    return remove_dead_code(program)[0]
+    return remove_dead_code(program)
 
 
 def _queried_rows(program: Program) -> Program:
@@ -137,7 +137,7 @@ def _state_in_slabs(program: Program) -> Program:
     output.args = (tuple(kept.values()),)
     outputs = tuple(spec for spec in program.outputs if spec.name in kept)
     specs = (*program.inputs, *(spec for _, spec in inputs.values()))
-    program, _ = remove_dead_code(dataclasses.replace(program, inputs=specs, outputs=outputs))
+    program = remove_dead_code(dataclasses.replace(program, inputs=specs, outputs=outputs))
     for node, spec in zip(program.placeholders(), program.inputs, strict=True):
         if spec.name in read:
             if node.users:
