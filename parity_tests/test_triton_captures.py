@@ -73,7 +73,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from benchmarks.gpu.programs import place
+from benchmarks.contestants.programs import on_device as place
 from onetrans.export.config import ExportConfig
 from onetrans.export.split import extract, split
 from onetrans.export.targets.triton.target import lower

@@ -49,7 +49,7 @@ def lower_whole(asked: dict[str, Any]) -> None:
     """Lowers the whole captured forward as the exporter lowers its parts: same passes, same operators."""
     model, config = adapt(random_model(preset(asked["preset"]), asked["seed"])), ExportConfig()
     bounds = model.bounds(max_users=config.max_users, max_candidates=config.max_candidates)
-    program, _ = prepare(capture_model(model, bounds)[0])
+    program = prepare(capture_model(model, bounds)[0])[-1].program
     made = lower({"unsplit": program})["unsplit"].value
     output = Path(asked["output"])
     unfinished = output.with_suffix(".unfinished")
