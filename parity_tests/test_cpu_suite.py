@@ -177,7 +177,9 @@ def test_the_committed_pages_are_those_of_the_committed_records() -> None:
     kept = read_suite(RESULTS / "cpu.json")["measures"]
     assert list(kept) == list(suite_of("cpu").measures)
     assert all(measure["environment"]["date"] and measure["rows"] for measure in kept.values())
-    (row,) = (row for row in kept["request_vs_unsplit"]["rows"] if row["name"].startswith("one eager PyTorch forward for"))
+    (row,) = (
+        row for row in kept["request_vs_unsplit"]["rows"] if row["name"].startswith("one eager PyTorch forward for")
+    )
     assert (row["target"], round(row["prediction"], 1), round(row["value"], 1)) == (None, 40.6, 81.4)
 
 

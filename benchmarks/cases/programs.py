@@ -21,15 +21,7 @@ from benchmarks.competition import (
 )
 from benchmarks.contestants.programs import ModelPrograms, build, by_name, call, launches, run
 from benchmarks.context import Context
-from benchmarks.reckoning import (
-    PREDICTION,
-    Work,
-    append_products,
-    decode_products,
-    prefill_products,
-    windows,
-    work_of,
-)
+from benchmarks.reckoning import PREDICTION, Work, append_products, decode_products, prefill_products, windows, work_of
 from onetrans.bench.suite import Outcome, estimated
 from onetrans.bench.timing import Blocks, Run, clear, typical
 from onetrans.export.program import Program

@@ -114,7 +114,9 @@ def launches(program: Program, *, only: str = "") -> int:
 
 def call(program: Program, values: Values, module: Any = None) -> Callable[[], Any]:
     """A run on fixed inputs, to be called again and again; by a module compiled from the program's own, if given."""
-    return functools.partial(module or program.module, *(values[spec.name] for spec in program.inputs))
+    return functools.partial(
+        program.module if module is None else module, *(values[spec.name] for spec in program.inputs)
+    )
 
 
 def by_name(program: Program, made: Any) -> dict[str, torch.Tensor]:
