@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -72,26 +73,33 @@ def main(name: str, listed: bool, tune: bool, as_json: bool, work: Path | None, 
 def _run(name: str, listed: bool, tune: bool, as_json: bool, work: Path, given: dict[str, Any]) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(work / "triton"))
-    from benchmarks.runner import Options, Runner, chosen
+    from benchmarks.context import RESULTS, ROOT, Context, measure_key
     from benchmarks.suites import suite_of
+    from onetrans.bench.runner import Options, Runner, chosen
 
-    if name == "gpu" and not given["rehearse"] and not listed:
+    on_gpu = name == "gpu" and not given["rehearse"]
+    if on_gpu and not listed:
         from benchmarks.cases.device import check_device
 
         check_device()
-    suite, options = suite_of(name), Options(work=work, **given)
+    artefacts, output = given.pop("artefacts"), given.pop("output")
+    suite, options = suite_of(name), Options(output=output or RESULTS, root=ROOT, log=output is not None, **given)
     if listed:
         for measure in chosen(options.only, suite.measures):
             click.echo(f"{measure.name:45} about {measure.seconds:.0f} s")
         return 0
+    context = Context(work=work, device="cuda" if on_gpu else "cpu", rehearse=options.rehearse, artefacts=artefacts)
+    context.threads, context.quick = options.threads, options.quick
+    key_of = functools.partial(measure_key, suite, options)
+    context.source = key_of(next(iter(suite.measures.values())))["source_sha256"][:12]
     if name == "gpu":
         from benchmarks.tuning import Tuner, use_table
 
         with use_table(options, write=tune):
-            status = Tuner(options).run() if tune else Runner(suite, options).run()
+            status = Tuner(options).run() if tune else Runner(suite, options, context, key_of).run()
     else:
-        status = Runner(suite, options).run()
-    record = options.folder / f"{name}.json"
+        status = Runner(suite, options, context, key_of).run()
+    record = options.output / f"{name}.json"
     if as_json and record.exists() and not options.rehearse:
         print(json.dumps(json.loads(record.read_text(encoding="utf-8"))))
     return status

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -17,8 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.reckoning import Rates
+from onetrans.bench.environment import cpu_model, gpu_state, libraries
 from onetrans.bench.processes import answering, last_line, measure_process
+from onetrans.bench.rates import Rates
+from onetrans.bench.record import files_hash
+from onetrans.bench.runner import Measure, Options, Suite
 from onetrans.errors import JobError
 from onetrans.model.config import ModelConfig
 from onetrans.model.presets import preset
@@ -38,30 +42,17 @@ SEED = 0
 LARGE, SMALL = "onetrans-s", "tiny"  # the model that CPU targets are stated for, and a small one
 
 
-class LostContextError(JobError):
-    """The device's context is lost: nothing more can run in this process."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured of a model on a GPU.
-
-    Attributes:
-        history: Events that kernels see in a fresh prefill.
-        prefill: Events of the prefill program.
-        before: Events of the state that an append meets.
-        new: Events of an append.
-        candidates: C of every decode.
-        request: C of the whole request and of the targets.
-    """
+    """What is measured of a model on a GPU."""
 
     config: ModelConfig
-    history: int
-    prefill: int
-    before: int
-    new: int
-    candidates: tuple[int, ...]
-    request: int
+    history: int  # events that kernels see in a fresh prefill
+    prefill: int  # events of the prefill program
+    before: int  # events of the state that an append meets
+    new: int  # events of an append
+    candidates: tuple[int, ...]  # C of every decode
+    request: int  # C of the whole request and of the targets
 
 
 def real_sizes(name: str) -> Sizes:
@@ -80,33 +71,19 @@ def rehearsal_sizes(name: str) -> Sizes:
 
 @dataclass(kw_only=True)
 class Context:
-    """The context of one run of a suite.
+    """The context of one run of a suite."""
 
-    Attributes:
-        work: Folder for bundles and graphs, outside the repository.
-        source: Names the state of the source, so that a kept work folder holds nothing stale.
-        progress: Takes a line for the reader.
-        threads: Threads of every CPU engine.
-        quick: Few samples.
-        device: Where torch computes: `cpu` or `cuda`.
-        rehearse: GPU measures at tiny sizes on the CPU, nothing compiled.
-        rates: The GPU's; None until measured.
-        programs: Captured programs by model and dtype, kept for later measures.
-        left: Gives the seconds that are left.
-        artefacts: Where compiled kernels are kept; nowhere if None.
-    """
-
-    work: Path
-    source: str = "source"
-    progress: Callable[[str], None] = lambda line: None
-    threads: int = 2
-    quick: bool = False
-    device: str = "cpu"
-    rehearse: bool = False
-    rates: Rates | None = None
-    programs: dict[tuple[str, str], Any] = field(default_factory=dict)
-    left: Callable[[], float] = lambda: float("inf")
-    artefacts: Path | None = None
+    work: Path  # folder for bundles and graphs, outside the repository
+    source: str = "source"  # names the state of the source, so that a kept work folder holds nothing stale
+    progress: Callable[[str], None] = field(default=lambda line: None)  # takes a line for the reader
+    left: Callable[[], float] = field(default=lambda: float("inf"))  # seconds that are left
+    threads: int = 2  # of every CPU engine
+    quick: bool = False  # few samples
+    device: str = "cpu"  # where torch computes: `cpu` or `cuda`
+    rehearse: bool = False  # GPU measures at tiny sizes on the CPU, nothing compiled
+    rates: Rates | None = None  # the GPU's; None until measured
+    programs: dict[tuple[str, str], Any] = field(default_factory=dict)  # captured, by model and dtype
+    artefacts: Path | None = None  # where compiled kernels are kept
 
     def rounds(self, full: int) -> int:
         """Rounds to measure."""
@@ -126,18 +103,14 @@ class Context:
     @functools.cached_property
     def machine(self) -> Rates:
         """The CPU's rates, measured once."""
-        from benchmarks.contestants.floor import measure_cpu
+        from onetrans.bench.floor import measure_cpu
 
         self.progress("measuring the machine's rates")
         return measure_cpu(self.threads)
 
     @property
     def limits(self) -> Rates:
-        """The GPU's rates.
-
-        Raises:
-            JobError: Nobody measured them.
-        """
+        """The GPU's rates."""
         if self.rates is None:
             raise JobError("the device's ceilings are not in the record; measure `ceilings` first")
         return self.rates
@@ -178,11 +151,7 @@ class Context:
         return Ranker.open(path, options=options, cache=CacheConfig(state_memory=memory))
 
     def verified(self, ranker: Ranker) -> list[CaseResult]:
-        """How far a bundle's scores are from the reference; no speed comes from one that is too far.
-
-        Raises:
-            ParityError: A case is beyond its bound.
-        """
+        """How far a bundle's scores are from the reference; no speed comes from one that is too far."""
         results = verify(ranker.backend, read_cases(ranker.bundle))
         check(results)
         return results
@@ -206,3 +175,21 @@ def environment() -> dict[str, str]:
     """The variables for a subprocess, so that it finds this checkout's packages wherever it runs."""
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def measure_key(suite: Suite, options: Options, measure: Measure) -> dict[str, Any]:
+    """What must be equal for a held measure to stand; the table of tuned launch configurations is no part of it."""
+    source = ROOT / "src" / "onetrans"
+    paths = {path for path in source.rglob("*.py") if path.relative_to(source).parts[0] not in ("cli", "sizing")}
+    file = importlib.import_module(measure.module).__file__
+    assert file is not None
+    paths.add(Path(file))
+    if suite.needs[:1] == (measure.name,):
+        paths |= {*(ROOT / "parity_tests").glob("test_triton_*.py"), ROOT / "parity_tests" / "triton_device.py"}
+    return {
+        "source_sha256": files_hash(ROOT, paths),
+        "quick": options.quick,
+        "threads": None if suite.gpu else options.threads,
+        "device": (gpu_state().get("name") or "rehearsal") if suite.gpu else cpu_model(),
+        "libraries": libraries(),
+    }

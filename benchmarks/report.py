@@ -5,7 +5,6 @@ All from the JSON in benchmarks/results alone: nothing in a table is typed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import click
 from benchmarks.context import RESULTS, ROOT
 from onetrans.bench.plots import plot_latency
 from onetrans.bench.record import Record
-from onetrans.bench.report import latency_lines, markdown_table, origin
+from onetrans.bench.report import between, latency_lines, markdown_table, origin
 from onetrans.bench.suite import HEAD, format_outcome, format_target, read_suite, row_cells
 from onetrans.errors import DataError, JobError, OneTransError
 from onetrans.files import replace_text
@@ -127,20 +126,6 @@ def figure_lines(record: Record) -> Iterator[str]:
             raise DataError(f"the record of the CPU has no row {begin!r} in measure {measure}; measure it again")
         body.append((words, format_outcome(row), format_target(row)))
     yield from markdown_table(("measure", "measured (95% interval)", "target"), body)
-
-
-def between(text: str, mark: str, lines: Iterable[str], where: Path) -> str:
-    """The text with lines between its marks.
-
-    Raises:
-        DataError: It does not hold the marks, once and in order.
-    """
-    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
-    block = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if text.count(begin) != 1 or text.count(end) != 1 or not block.search(text):
-        raise DataError(f"{where} must hold {begin} and then {end}, each once")
-    content = "\n".join([begin, *lines, end])
-    return block.sub(lambda _: content, text)
 
 
 def written(readme: Path, page: Path, results: Path) -> dict[Path, tuple[str, str]]:

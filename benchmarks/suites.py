@@ -3,55 +3,17 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.context import Context
+from onetrans.bench.runner import Measure, Suite
 from onetrans.bench.suite import Outcome
+from onetrans.errors import ConfigError
 
 TESTS, CEILINGS = "tests", "ceilings"
 DTYPES = ("bfloat16", "float16")
 MODELS = ("onetrans-s", "onetrans-l")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """One measure.
-
-    Attributes:
-        name: In the record and for --only.
-        seconds: What it is expected to take; it does not start with less left.
-        run: Measures.
-        concerns: Ops that it runs by our kernels, and `programs`: a failing test of one leaves no figures.
-        dtype: Its dtype, for the same purpose.
-        alone: In a process of its own, which is ended when time is up.
-    """
-
-    name: str
-    seconds: float
-    run: Callable[[Context], Outcome]
-    concerns: tuple[str, ...] = ()
-    dtype: str = ""
-    alone: bool = False
-
-    @property
-    def module(self) -> str:
-        """Where its code is."""
-        function: Any = self.run
-        while isinstance(function, functools.partial):
-            function = function.func
-        return str(function.__module__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suite:
-    """Measures that share a record; `needs` come before any other, `budget` is in seconds."""
-
-    name: str
-    measures: dict[str, Measure]
-    needs: tuple[str, ...] = ()
-    budget: float = float("inf")
 
 
 def suite_of(name: str) -> Suite:
@@ -62,10 +24,18 @@ def suite_of(name: str) -> Suite:
         found.setdefault(measure.name, measure)
     gpu = name == "gpu"
     needs = (TESTS, CEILINGS) if gpu else ()
-    return Suite(name=name, measures=found, needs=needs, budget=450.0 if gpu else float("inf"))
+    facts = dict if name == "cpu" else _tuned
+    return Suite(name=name, measures=found, needs=needs, budget=450.0 if gpu else float("inf"), gpu=gpu, facts=facts)
 
 
 SUITES = ("cpu", "gpu", "compiled")
+
+
+def _tuned() -> dict[str, Any]:
+    """The hash of the table of tuned launch configurations in force."""
+    from onetrans.kernels.launch import table
+
+    return {"tuned_sha256": hashlib.sha256(table.table_path().read_bytes()).hexdigest()}
 
 
 def _cpu() -> Iterator[Measure]:
@@ -87,7 +57,10 @@ def _cpu() -> Iterator[Measure]:
 def _compiled() -> Iterator[Measure]:
     from benchmarks.cases.compiled import WIDE, compile_model
     from onetrans.kernels.ahead.compile import ARCHITECTURES
+    from onetrans.kernels.jit import interpreted
 
+    if interpreted():
+        raise ConfigError("TRITON_INTERPRET is set, so that kernels are interpreted; unset it to compile them")
     for model in ("tiny", *MODELS, WIDE):
         for dtype in ("bf16", "fp16"):
             for arch in ARCHITECTURES:

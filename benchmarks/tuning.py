@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 from benchmarks.cases.kernels import calls_of, cases_of, distinct
-from benchmarks.competition import check_alive, compare, reason
 from benchmarks.contestants.kernels import CANDIDATES, FFN, HISTORY, LINEAR, OPS, Case, draw, launch, reference
 from benchmarks.context import ROOT, Context, Sizes
-from benchmarks.runner import Options
 from benchmarks.suites import DTYPES, MODELS
+from onetrans.bench.competition import check_alive, compare, reason
 from onetrans.bench.environment import environment, gpu_state, libraries
 from onetrans.bench.record import files_hash, write_json
+from onetrans.bench.runner import Options
 from onetrans.bench.suite import new_suite, read_suite
 from onetrans.bench.timing import Run, clear, times_faster
 from onetrans.errors import JobError
@@ -55,8 +55,8 @@ def use_table(options: Options, *, write: bool) -> Iterator[Path]:
 
     Without `--output`, and where that folder has no table and gets none, it is the committed one.
     """
-    path = options.folder / "tuned.json" if options.output is not None else launch_table.TABLE
-    if options.rehearse or options.output is None or not (write or path.exists()):
+    path = options.output / "tuned.json"
+    if options.rehearse or not options.log or not (write or path.exists()):
         yield launch_table.table_path()
         return
     if not path.exists():
@@ -165,7 +165,7 @@ class Tuner:
         device = "cpu" if options.rehearse else "cuda"
         self.context = Context(work=Path(), device=device, rehearse=options.rehearse, progress=self.say)
         self.device = device_of(torch.device(device))
-        self.path = options.folder / "gpu-tuning.json"
+        self.path = options.output / "gpu-tuning.json"
         self.record = read_suite(self.path) if self.path.exists() else new_suite("gpu-tuning")
         source = files_hash(ROOT, (ROOT / "src" / "onetrans" / "kernels").rglob("*.py"))
         self.key = {"source_sha256": source, "device": gpu_state().get("name"), "libraries": libraries()}

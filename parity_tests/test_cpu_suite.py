@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from click.testing import CliRunner
 
 from benchmarks import report
 from benchmarks.__main__ import main
-from benchmarks.contestants.floor import Floor, floor_model, time_products
 from benchmarks.contestants.user import user_of
-from benchmarks.context import RESULTS
-from benchmarks.reckoning import Product, decode_products, prefill_products, visible_pairs, work_of
-from benchmarks.runner import Options, Runner, measure_key
-from benchmarks.suites import Measure, Suite, suite_of
+from benchmarks.context import RESULTS, Context, measure_key
+from benchmarks.reckoning import decode_products, prefill_products, visible_pairs
+from benchmarks.suites import suite_of
+from onetrans.bench.floor import Floor, floor_model, time_products
+from onetrans.bench.rates import Product, work_of
 from onetrans.bench.record import write_json
 from onetrans.bench.run import in_turn
+from onetrans.bench.runner import Measure, Options, Runner, Suite
 from onetrans.bench.suite import Outcome, Row, format_row, new_suite, read_suite
 from onetrans.errors import DataError
 from onetrans.model.presets import preset
@@ -194,7 +196,9 @@ def test_suite_resumes_by_source_and_configuration(tmp_path: Path) -> None:
     measures = {n: Measure(name=n, seconds=1.0, run=lambda context, n=n: measure(context, n)) for n in names}
 
     def run(**options: Any) -> int:
-        return Runner(Suite(name="cpu", measures=measures), Options(output=tmp_path, **options)).run()
+        suite, given = Suite(name="cpu", measures=measures), Options(output=tmp_path, log=True, **options)
+        key_of = functools.partial(measure_key, suite, given)
+        return Runner(suite, given, Context(work=tmp_path), key_of).run()
 
     assert run(only=("second",)) == 0
     assert run() == 0
@@ -212,8 +216,8 @@ def test_suite_resumes_by_source_and_configuration(tmp_path: Path) -> None:
 
 
 def test_a_measures_key_holds_its_own_code_and_the_packages() -> None:
-    known = suite_of("cpu").measures
-    keys = {name: measure_key("cpu", known[name], Options()) for name in ("append", "tiers", "soak")}
+    suite, options = suite_of("cpu"), Options(output=RESULTS)
+    keys = {name: measure_key(suite, options, suite.measures[name]) for name in ("append", "tiers", "soak")}
     assert keys["append"] == keys["tiers"]  # of one file
     assert keys["append"]["source_sha256"] != keys["soak"]["source_sha256"]
     assert {"quick", "threads", "device", "libraries"} < set(keys["soak"])

@@ -16,14 +16,10 @@ from click.testing import CliRunner
 pytest.importorskip("triton")
 
 from benchmarks import report, tuning
-from benchmarks import runner as runners
 from benchmarks.__main__ import main
 from benchmarks.cases import device
-from benchmarks.competition import compare, compare_programs
-from benchmarks.context import RESULTS, ROOT, LostContextError, real_sizes, rehearsal_sizes
+from benchmarks.context import RESULTS, ROOT, Context, real_sizes, rehearsal_sizes
 from benchmarks.reckoning import (
-    Rates,
-    Work,
     append_products,
     candidate_work,
     decode_products,
@@ -32,12 +28,15 @@ from benchmarks.reckoning import (
     linear_work,
     prefill_products,
     windows,
-    work_of,
 )
-from benchmarks.runner import Options, Runner, chosen
-from benchmarks.suites import Measure, Suite, suite_of
+from benchmarks.suites import suite_of
+from onetrans.bench import runner as runners
+from onetrans.bench.competition import compare, compare_programs
 from onetrans.bench.processes import run_within
+from onetrans.bench.rates import Rates, Work, work_of
+from onetrans.bench.runner import LostContextError, Measure, Options, Runner, chosen
 from onetrans.bench.suite import Outcome, Row, new_suite, read_suite
+from onetrans.bench.tests import read_report
 from onetrans.errors import JobError, ParityError
 from onetrans.kernels.launch import Device, LaunchConfig, choose
 from onetrans.kernels.launch import table as launch_table
@@ -201,11 +200,13 @@ def stage(monkeypatch, tmp_path):
 
         made = {name: measure(name, takes) for name, takes in {"ceilings": 1.0, **plan}.items()}
         asked = Measure(name="tests", seconds=1.0, run=lambda context: dataclasses.replace(tests))
-        suite = Suite(name="gpu", measures={"tests": asked, **made}, needs=("tests", "ceilings"), budget=450.0)
+        suite = Suite(
+            name="gpu", measures={"tests": asked, **made}, needs=("tests", "ceilings"), budget=450.0, gpu=True
+        )
+        suite = dataclasses.replace(suite, facts=suite_of("gpu").facts)
         given = Options(output=tmp_path, **options)
-        stage.context = None
-        runner = Runner(suite, given, lambda *_: {"source_sha256": stage.source}, clock)
-        stage.status = runner.run()
+        context = Context(work=tmp_path)
+        stage.status = Runner(suite, given, context, lambda _: {"source_sha256": stage.source}, clock).run()
         return done
 
     stage.clock, stage.tests, stage.output, stage.source = clock, tests, tmp_path / "gpu.json", "a"
@@ -359,10 +360,10 @@ def test_the_tests_report_is_counted(tmp_path):
         '<testcase classname="a" name="four"><error/></testcase>'
     )
     report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    counts, failures = device.read_report(report)
+    counts, failures = read_report(report)
     assert counts == {"passed": 1, "failed": 2, "skipped": 1}
     assert failures == [("a::two", "1 == 2"), ("a::four", "")]
-    assert device.read_report(tmp_path / "absent.xml")[0]["passed"] == 0
+    assert read_report(tmp_path / "absent.xml")[0]["passed"] == 0
 
 
 def test_the_table_of_the_pages():
@@ -424,11 +425,12 @@ def on_a_gpu(monkeypatch):
 
 def test_a_winner_goes_into_the_table_of_the_output_and_a_loser_out_of_it(on_a_gpu, tmp_path):
     committed = launch_table.TABLE.read_bytes()
-    options = Options(output=tmp_path / "run")
+    options = Options(output=tmp_path / "run", log=True)
     best = {"block_m": 64, "block_n": 32}
     with tuning.use_table(options, write=True) as path:
         assert path == tmp_path / "run" / "tuned.json"
-        before = runners.tuned_hash()
+        facts = suite_of("gpu").facts
+        before = facts()
         made = tuning.Tuner(options)
         task = tuning.tasks(real_sizes)[0]
         made.keep(task, {"won": True, "best": best})
@@ -436,7 +438,7 @@ def test_a_winner_goes_into_the_table_of_the_output_and_a_loser_out_of_it(on_a_g
         assert json.loads(path.read_text())["A GPU"] == {"capability": 90, "ops": ops}
         key = ("A GPU", task.problem.op, task.problem.dtype, task.problem.key)
         assert launch_table.tuned()[key] == LaunchConfig(**best)
-        assert runners.tuned_hash() != before
+        assert facts() != before
         made.keep(task, {"won": False, "best": best})
         assert key not in launch_table.tuned()
         made.keep(task, {"won": True, "best": best})
@@ -459,10 +461,10 @@ def test_tuning_rehearsed_keeps_nothing(tmp_path, capfd, monkeypatch):
 def test_tuning_voids_no_held_measure_and_each_notes_its_table(stage, on_a_gpu, capfd):
     plan = {"one": 1.0, "two": 1.0}
     assert stage(plan, only=("one",)) == ["ceilings", "one"]
-    options = Options(output=stage.output.parent)
+    options = Options(output=stage.output.parent, log=True)
     with tuning.use_table(options, write=True):
         tuning.Tuner(options).keep(tuning.tasks(real_sizes)[0], {"won": True, "best": {"block_m": 64, "block_n": 32}})
         assert stage(plan) == ["two"]
-    assert "3 of them used another tuned table" in capfd.readouterr().err
+    assert "3 of them have another tuned_sha256, which their entries note" in capfd.readouterr().err
     found = read_suite(stage.output)["measures"]
     assert found["one"]["tuned_sha256"] != found["two"]["tuned_sha256"]

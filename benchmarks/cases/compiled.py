@@ -20,12 +20,10 @@ from benchmarks.contestants.programs import KINDS, by_name, lower_to_kernels, pr
 from benchmarks.context import SEED, Context
 from onetrans.bench.record import write_json
 from onetrans.bench.suite import Outcome
-from onetrans.errors import ConfigError
 from onetrans.export.models.base import ModelAdapter
 from onetrans.export.program import Program
 from onetrans.kernels.ahead.compile import Compiled, Variant, compile_variant
 from onetrans.kernels.ahead.record import variants_for
-from onetrans.kernels.jit import interpreted
 from onetrans.kernels.launch.config import Device
 from onetrans.kernels.launch.table import problem, tuned_devices
 from onetrans.kernels.mixed_ffn import configs as ffn_configs
@@ -104,13 +102,7 @@ def fused(model: Lowered, device: Device) -> list[Variant]:
 
 
 def compile_model(context: Context, model: str, dtype: str, capability: int) -> Outcome:
-    """Compiles every kernel of a model in every configuration that serving uses, and checks what came out.
-
-    Raises:
-        ConfigError: Kernels are interpreted.
-    """
-    if interpreted():
-        raise ConfigError("TRITON_INTERPRET is set, so that kernels are interpreted; unset it to compile them")
+    """Compiles every kernel of a model in every configuration that serving uses, and checks what came out."""
     if (model, dtype) not in context.programs:
         context.programs.clear()
         context.programs[model, dtype] = lowered_model(model, precision(dtype).torch)

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import re
-import sys
-import tempfile
 import time
-from pathlib import Path
-from xml.etree import ElementTree
 
 import torch
 
 from benchmarks.contestants.kernels import CANDIDATES, FFN, HISTORY, LINEAR, OPS
 from benchmarks.context import ROOT, Context
-from benchmarks.reckoning import Rates
-from onetrans.bench.processes import last_line, run_within
+from onetrans.bench.processes import last_line
+from onetrans.bench.rates import Rates
 from onetrans.bench.stats import Estimate
 from onetrans.bench.suite import Outcome, Row, estimated
+from onetrans.bench.tests import COUNTED, run_pytest
 from onetrans.bench.timing import Run, clear, microseconds, typical
 from onetrans.errors import MissingDependencyError
 
 TESTS = ROOT / "parity_tests"
 TEST_FILES = "test_triton_*.py"
-MOST_WORKERS = 8
-COUNTED = ("passed", "failed", "skipped")
 CONCERNS = {"test_triton_attention": (HISTORY, CANDIDATES), "test_triton_linear": (LINEAR, FFN)}  # by file
 PROGRAMS = "programs"  # what a failing test of whole programs concerns
 PROGRAM_TESTS = ("test_triton_target", "test_triton_captures")
@@ -38,25 +32,16 @@ DTYPES = ("bfloat16", "float16")
 
 
 def run_tests(context: Context) -> Outcome:
-    """pytest on the kernels' tests, in parallel where pytest-xdist is installed.
+    """The kernels' tests.
 
     `facts["concerns"]` lists what each failing test concerns, as (op or `programs`, dtype, test), either of
     the first empty for all. When time is up the tests are ended, and nothing is known to be right.
     """
     outcome, seconds = Outcome(), context.left()
     files = sorted(str(path.relative_to(ROOT)) for path in TESTS.glob(TEST_FILES))
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["--noconftest", *files]  # what the other tests need may not be installed here
-    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 2)
-    if importlib.util.find_spec("xdist") is not None and workers > 1:
-        command += ["-n", str(workers)]
-    context.progress(f"{' '.join(files)}, {workers} at a time" if "-n" in command else " ".join(files))
+    context.progress(" ".join(files))
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="onetrans-tests-") as folder:
-        report, printed = Path(folder) / "report.xml", Path(folder) / "printed"
-        status = run_within([*command, f"--junitxml={report}"], seconds, printed, ROOT)
-        text = printed.read_text(encoding="utf-8", errors="replace")
-        counts, failures = read_report(report)
+    status, text, counts, failures = run_pytest(files, seconds, ROOT)
     context.progress("\n".join(text.splitlines()[-60:]))
     for name in COUNTED:
         outcome.figure(f"GPU tests that {name}", counts[name], target=0 if name == "failed" else None)
@@ -79,22 +64,6 @@ def concern(test: str) -> tuple[str, str, str]:
     ops = [op for op in OPS if op in test.partition("::")[2]] or list(CONCERNS.get(file, ()))
     part = PROGRAMS if file in PROGRAM_TESTS else " ".join(ops)
     return part, dtype[1] if dtype else "", test
-
-
-def read_report(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Counts of a JUnit report, and name and message of each failed test; all zero where there is none."""
-    counts = dict.fromkeys(COUNTED, 0)
-    failures: list[tuple[str, str]] = []
-    if not path.exists():
-        return counts, failures
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
-        broken = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
-        kind = "failed" if broken is not None else "skipped" if case.find("skipped") is not None else "passed"
-        counts[kind] += 1
-        if broken is not None:
-            message = re.sub(r"\s+", " ", broken.get("message") or "")[:200]
-            failures.append((f"{case.get('classname')}::{case.get('name')}", message))
-    return counts, failures
 
 
 def ceilings(context: Context) -> Outcome:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks.competition import OTHERS, OURS, Contestant, Parity, compare, compete, faster_row
+from benchmarks.contestants import kernels as providers
 from benchmarks.contestants.kernels import (
-    ALONE,
     CANDIDATES,
     FFN,
     HISTORY,
@@ -22,18 +21,13 @@ from benchmarks.contestants.kernels import (
     Case,
     Inputs,
     Provider,
-    compiled,
     draw,
-    eager,
-    flex,
-    launch,
-    ours,
-    product_alone,
     reference,
-    sdpa,
 )
 from benchmarks.context import Context, Sizes
-from benchmarks.reckoning import Work, windows
+from benchmarks.reckoning import windows
+from onetrans.bench.competition import OTHERS, OURS, Contestant, Parity, compare, compete, faster_row
+from onetrans.bench.rates import Work
 from onetrans.bench.suite import Outcome
 from onetrans.bench.timing import Blocks, Run, clear
 
@@ -122,8 +116,8 @@ def measure_cases(
         plain = reference(case, inputs[0])
         judge = functools.partial(compare, plain=plain, reference=reference(case, inputs[0], double=True))
         judge = functools.partial(judge, rounding=inputs[0].rounding)
-        providers = (ours(case), eager(case), *others(case))
-        found = [_contestant(context, provider, inputs, judge, case) for provider in providers]
+        each = (providers.ours(case), providers.eager(case), *others(case))
+        found = [_contestant(context, provider, inputs, judge, case) for provider in each]
         title = f"{name}, {case.name}"
         blocks[case.name] = compete(context, outcome, title, found, case.work, dtype, {OURS: None}, calls=calls)
         del inputs, plain, judge, found
@@ -140,9 +134,9 @@ def _contestant(
     def parity() -> Parity:
         prepared.append(provider.prepare(inputs[0]))
         if provider.name == OURS:
-            return judge(launch(case, inputs[0], inputs[0].empty().fill_(float("nan"))))
+            return judge(providers.launch(case, inputs[0], inputs[0].empty().fill_(float("nan"))))
         out = provider.finish(provider.run(prepared[0]))
-        if provider.name == ALONE:
+        if provider.name == providers.ALONE:
             x, w = inputs[0].arguments[:2]
             return judge(out, plain=torch.bmm(x, w), reference=torch.bmm(x.double(), w.double())).loosened(OTHERS)
         return judge(out).loosened(OTHERS)
@@ -178,7 +172,7 @@ def attention(context: Context, op: str, model: str, dtype: str) -> Outcome:
         context.progress(f"skipped, since they need a GPU: {', '.join(SDPA)}; sdpa-math stands for them")
         backends = {"sdpa-math": SDPBackend.MATH}
     cases = cases_of(op, sizes)
-    outcome, blocks = measure_cases(context, name, dtype, cases, lambda case: sdpa(case, backends))
+    outcome, blocks = measure_cases(context, name, dtype, cases, lambda case: providers.sdpa(case, backends))
     if op == HISTORY:
         _least(outcome, f"{name}, worst of {len(blocks)} shapes", blocks, backends, op)
     else:
@@ -189,7 +183,7 @@ def attention(context: Context, op: str, model: str, dtype: str) -> Outcome:
 def products(context: Context, op: str, model: str, dtype: str) -> Outcome:
     """mixed_linear or mixed_ffn against cuBLAS: with norm and residual apart, and of mixed_linear the product alone."""
     cases = cases_of(op, context.sizes(model))
-    alone = [product_alone()] if op == LINEAR else []
+    alone = [providers.product_alone()] if op == LINEAR else []
     return measure_cases(context, f"{op}, {model}, {dtype}", dtype, cases, lambda case: alone)[0]
 
 
@@ -203,7 +197,7 @@ def flex_attention(context: Context, op: str, model: str, dtype: str) -> Outcome
 
     def others(case: Case) -> list[Provider]:
         compiler = functools.partial(context.compile, dynamic=case != first)
-        return [flex(case, (lambda function: function) if context.rehearse else compiler)]
+        return [providers.flex(case, (lambda function: function) if context.rehearse else compiler)]
 
     outcome, blocks = measure_cases(context, name, dtype, cases, others)
     if op == HISTORY:
@@ -229,7 +223,7 @@ def by_compiler(context: Context, model: str, dtype: str) -> Outcome:
         first = next((case for case in cases if f"C = {sizes.request}" in case.name), cases[0])
 
         def others(case: Case, first: Case = first) -> list[Provider]:
-            return [compiled(case, functools.partial(context.compile, dynamic=case != first))]
+            return [providers.compiled(case, functools.partial(context.compile, dynamic=case != first))]
 
         outcome, _ = measure_cases(context, f"{op}, {model}, {dtype}", dtype, cases, others)
         total.figures += outcome.figures

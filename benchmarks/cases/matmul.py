@@ -9,18 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.contestants.floor import Floor, new_session
 from benchmarks.contestants.user import CANDIDATES, OneUser, one_user
 from benchmarks.context import LARGE, SEED, Context
-from benchmarks.reckoning import (
-    Product,
-    Work,
-    decode_pointwise_bytes,
-    decode_products,
-    prefill_pointwise_bytes,
-    prefill_products,
-    work_of,
-)
+from benchmarks.reckoning import decode_pointwise_bytes, decode_products, prefill_pointwise_bytes, prefill_products
+from onetrans.bench.floor import Floor, new_session
+from onetrans.bench.rates import Product, Work, work_of
 from onetrans.bench.run import in_turn
 from onetrans.bench.suite import Outcome
 from onetrans.errors import ParityError
@@ -102,7 +95,7 @@ def prefill_vs_matmul(context: Context) -> Outcome:
 def _by_torch(context: Context, outcome: Outcome, name: str, products: Sequence[Product], floor: float) -> None:
     asked = {"products": [vars(product) for product in products], "threads": context.threads}
     job = json.dumps({**asked, "rounds": context.rounds(ROUNDS)})
-    seconds: list[float] = context.module("benchmarks.contestants.floor", [], job)["seconds"]
+    seconds: list[float] = context.module("onetrans.bench.floor", [], job)["seconds"]
     outcome.samples["torch"] = seconds
     outcome.milliseconds(name, seconds, floor, FLOOR)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from benchmarks.competition import (
+from benchmarks.contestants.programs import ModelPrograms, build, by_name, call, launches, run
+from benchmarks.context import Context
+from benchmarks.reckoning import append_products, decode_products, prefill_products, windows
+from onetrans.bench.competition import (
     OTHERS,
     OURS,
     Contestant,
@@ -19,9 +22,7 @@ from benchmarks.competition import (
     faster_row,
     reason,
 )
-from benchmarks.contestants.programs import ModelPrograms, build, by_name, call, launches, run
-from benchmarks.context import Context
-from benchmarks.reckoning import PREDICTION, Work, append_products, decode_products, prefill_products, windows, work_of
+from onetrans.bench.rates import PREDICTION, Work, work_of
 from onetrans.bench.suite import Outcome, estimated
 from onetrans.bench.timing import Blocks, Run, clear, typical
 from onetrans.export.program import Program
@@ -32,30 +33,22 @@ DECODE_TARGET = {("onetrans-l", "bfloat16"): 1.6}  # times its floor
 REQUEST_TARGET = 3.0
 UNSPLIT = "unsplit, torch.compile"
 FUSED = f"{OURS}, torch.compile around them"
+Timed = tuple[Blocks, Work, str, tuple[str, int | None]]  # with the last of ours and its launches
 FUSED_LAUNCHES = {"prefill": 5, "append": 5, "decode": 11}  # outside our kernels, as Inductor of torch 2.11 emits them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One computation of a program.
-
-    Attributes:
-        name: In words.
-        kind: The program.
-        given: Inputs of the captured program.
-        own: Inputs of the lowered one.
-        judge: Compares the captured program's outputs with float64.
-        judge_ours: Compares what the lowered program leaves.
-        poison: Fills with NaN what the lowered program is to write.
-    """
+    """One computation of a program."""
 
     name: str
     kind: str
-    given: Values
-    own: Values
-    judge: Callable[[Values], Parity]
-    judge_ours: Callable[[Values], Parity]
-    poison: Callable[[], None] = lambda: None
+    C: int = 0
+    given: Values  # inputs of the captured program
+    own: Values  # inputs of the lowered one
+    judge: Callable[[Values], Parity]  # compares the captured program's outputs with float64
+    judge_ours: Callable[[Values], Parity]  # compares what the lowered program leaves
+    poison: Callable[[], None] = field(default=lambda: None)  # fills with NaN what the lowered program is to write
     work: Work
 
 
@@ -116,6 +109,7 @@ def _decode(m: ModelPrograms, dtype: str, C: int) -> Trial:
     return Trial(
         name=f"decode of {C} candidates",
         kind="decode",
+        C=C,
         given=given,
         own={**m.inputs("decode", candidates=C), **state.ours, **state.slabs},
         judge=judge,
@@ -127,13 +121,8 @@ def _decode(m: ModelPrograms, dtype: str, C: int) -> Trial:
 def program(context: Context, kind: str, model: str, dtype: str, modes: tuple[str, ...] = (), only: int = 0) -> Outcome:
     """A program by our kernels against eager, or against torch.compile in each of `modes`.
 
-    Args:
-        context: Of the run.
-        kind: `prefill`, `append` or `decode`.
-        model: The preset.
-        dtype: Of weights, activations and state.
-        modes: Modes of torch.compile; then ours competes once more, with what lies between its kernels compiled.
-        only: C of decode; every one of the model's sizes if 0.
+    With modes, ours competes once more with what lies between its kernels compiled. Decode takes every number of
+    candidates, or `only` that many.
     """
     m, outcome = build(context, model, dtype), Outcome()
     request = m.sizes.request
@@ -154,13 +143,16 @@ def program(context: Context, kind: str, model: str, dtype: str, modes: tuple[st
         contestants += [_replayed(context, FUSED, m.kernels[kind], trial, compiled=True)] if fuses else []
         contestants += _others(context, m.plain[kind], trial, modes)
         blocks = compete(context, outcome, name, contestants, trial.work, dtype, launched)
-        key, targeted = (model, dtype), not context.rehearse
-        target = PREFILL_TARGET.get(key) if kind == "prefill" and targeted else None
-        _report(context, outcome, name, blocks, trial.work, dtype, launched, target=target)
-        if kind == "decode" and trial.name == f"decode of {request} candidates":
-            over = DECODE_TARGET.get(key) if targeted else None
-            _over_floor(context, outcome, name, blocks, trial.work, dtype, launched, over)
-        if kind != "decode" or trial.name == f"decode of {request} candidates":
+        timed, requested = (
+            (blocks, trial.work, dtype, list(launched.items())[-1]),
+            kind != "decode" or request == trial.C,
+        )
+        targets: dict[Any, float] = {"prefill": PREFILL_TARGET, "decode": DECODE_TARGET}.get(kind, {})
+        target = None if context.rehearse else targets.get((model, dtype))
+        _report(context, outcome, name, timed, target if kind == "prefill" else None)
+        if kind == "decode" and requested:
+            _over_floor(context, outcome, name, timed, target)
+        if requested:
             profiled.append((name, trial.own))
         del trial, contestants, blocks
         clear()
@@ -206,7 +198,7 @@ def request(context: Context, model: str, dtype: str, mode: str | None = None) -
     work = work_of(prefill, dtype) + decode.work
     launched: dict[str, int | None] = {OURS: sum(launches(m.kernels[kind]) for kind in ("prefill", "decode"))}
     blocks = compete(context, outcome, title, contestants, work, dtype, launched)
-    _report(context, outcome, title, blocks, work, dtype, launched)
+    _report(context, outcome, title, (blocks, work, dtype, (OURS, launched[OURS])))
     if mode is not None:
         row = faster_row(title, blocks, [name], REQUEST_TARGET if mode == "max-autotune" else None)
         outcome.rows += [row] if row is not None else []
@@ -259,42 +251,24 @@ def _called(
     return Contestant(name=name, parity=parity, run=lambda: context.timer.plain(step))
 
 
-def _report(
-    context: Context,
-    outcome: Outcome,
-    name: str,
-    blocks: Blocks,
-    work: Work,
-    dtype: str,
-    launched: dict[str, int | None],
-    target: float | None = None,
-) -> None:
+def _report(context: Context, outcome: Outcome, name: str, timed: Timed, target: float | None = None) -> None:
     """A row of our time, of the last of ours, with where it goes."""
-    ours, count = list(launched.items())[-1]
+    blocks, work, dtype, (ours, count) = timed
     if ours not in blocks:
         return
     limits, time, title = context.limits, typical(blocks[ours]), name + ours.removeprefix(OURS)
-    told = {"prediction": 1e3 * limits.predict(work, dtype, count), "reckoning": PREDICTION, "target": target}
-    outcome.rows.append(estimated(time, title, "ms", scale=1e3, **told))
+    told: dict[str, Any] = {"prediction": 1e3 * limits.predict(work, dtype, count), "reckoning": PREDICTION}
+    outcome.rows.append(estimated(time, title, "ms", scale=1e3, target=target, **told))
     arithmetic, moving = work.flops / limits.matmul[dtype], work.bytes / limits.copy
     outcome.notes.append(
-        f"{title}: {1e6 * time.value:.0f} µs; arithmetic at the product's rate takes {1e6 * arithmetic:.0f} µs,"
-        f" bytes at the copy's {1e6 * moving:.0f} µs, {count} launches {1e6 * (count or 0) * limits.launch:.0f} µs"
+        f"{title}: {1e6 * time.value:.0f} µs; arithmetic at the product's rate takes {1e6 * arithmetic:.0f} µs, bytes"
+        f" at the copy's {1e6 * moving:.0f} µs, {count} launches {1e6 * (count or 0) * limits.launch:.0f} µs"
     )
 
 
-def _over_floor(
-    context: Context,
-    outcome: Outcome,
-    name: str,
-    blocks: Blocks,
-    work: Work,
-    dtype: str,
-    launched: dict[str, int | None],
-    target: float | None,
-) -> None:
+def _over_floor(context: Context, outcome: Outcome, name: str, timed: Timed, target: float | None) -> None:
     """The same over the larger of weight bytes and operations at the measured rates."""
-    ours, count = list(launched.items())[-1]
+    blocks, work, dtype, (ours, count) = timed
     if ours in blocks:
         floor = context.limits.weight_floor(work, dtype)
         title = f"{name}{ours.removeprefix(OURS)}, over its floor of {1e3 * floor:.3f} ms"

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contestants.graphs import node_times
 from benchmarks.contestants.user import CANDIDATES, OneUser, agree, one_user
 from benchmarks.context import LARGE, SEED, Context
+from onetrans.bench.onnx_graphs import node_times
 from onetrans.bench.run import SPINNING, in_turn, quiet_collector
 from onetrans.bench.suite import Outcome
 from onetrans.errors import JobError

@@ -19,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.competition import OURS
-from benchmarks.reckoning import Work, candidate_work, ffn_work, history_work, linear_work
+from benchmarks.reckoning import candidate_work, ffn_work, history_work, linear_work
 from onetrans import kernels
+from onetrans.bench.competition import OURS
+from onetrans.bench.rates import Work
 
 SLOTS, SLOT = 4, 2
 EPS = 1e-6
@@ -39,32 +40,18 @@ OPS = (LINEAR, HISTORY, CANDIDATES, FFN)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One shape of an op.
-
-    Attributes:
-        op: The op's name.
-        name: The case in words.
-        P: Positions with weights of their own.
-        rows: Queries, candidates, or rows of a product.
-        D: Inner size of a product.
-        F: Columns of a product; hidden columns of a feed-forward.
-        N: Tokens of an attention's window.
-        H: Heads.
-        E: Width of a head.
-        gain: Whether a product normalises its rows.
-        residual: Whether it adds a residual.
-    """
+    """One shape of an op: products of P positions, rows [B, D] @ [D, F]; attention of H heads of E over N tokens."""
 
     op: str
     name: str
-    P: int = 1
-    rows: int
+    P: int = 1  # positions with weights of their own
+    rows: int  # queries, candidates, or rows of a product
     D: int = 0
-    F: int = 0
+    F: int = 0  # columns of a product; hidden columns of a feed-forward
     N: int = 0
     H: int = 0
     E: int = 0
-    gain: bool = False
+    gain: bool = False  # whether a product normalises its rows
     residual: bool = False
 
     @property
@@ -83,21 +70,13 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Random inputs of a case.
+    """Random inputs of a case."""
 
-    Attributes:
-        arguments: The reference's, K and V of a window cut to the user's tokens, as views of the slabs.
-        own: Our kernel's, K and V in slabs that are NaN but for those tokens.
-        slots: The user's slot, where there are slabs.
-        shape: The result's.
-        rounding: What a kernel sums after rounding weights to the dtype (see `compare`): values, in attention.
-    """
-
-    arguments: list[Any]
-    own: list[Any]
-    slots: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    shape: tuple[int, ...]
-    rounding: torch.Tensor | None = None
+    arguments: list[Any]  # the reference's, K and V of a window cut to the user's tokens, as views of the slabs
+    own: list[Any]  # our kernel's, K and V in slabs that are NaN but for those tokens
+    slots: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the user's, where there are slabs
+    shape: tuple[int, ...]  # the result's
+    rounding: torch.Tensor | None = None  # what a kernel sums after rounding weights to the dtype (see `compare`)
 
     def empty(self) -> torch.Tensor:
         """Memory for the result, uninitialised."""

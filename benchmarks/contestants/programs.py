@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from benchmarks.competition import Parity, Values, compare_programs
 from benchmarks.contestants.kernels import OPS, SLOT, SLOTS
 from benchmarks.context import SEED, Context, Sizes
 from onetrans import kernels
+from onetrans.bench.competition import Parity, Values, compare_programs
 from onetrans.bench.timing import clear, set_aside
 from onetrans.export.config import ExportConfig
 from onetrans.export.models.base import ModelAdapter, adapt
@@ -68,11 +68,7 @@ def on_device(
 ) -> Program:
     """The program on a device, our captured ops by their references, sizes as Python reads them.
 
-    Args:
-        program: As captured, or lowered.
-        device: Goal.
-        memory: Weights that are there already, so that programs share them.
-        double: Compute in float64 throughout.
+    `memory` takes the weights that are there already, so that programs share them; `double` computes in float64.
     """
 
     def moved(value: Any) -> Any:
@@ -131,35 +127,25 @@ def run(program: Program, values: Values) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class UserState:
-    """One user's state after a prefill, by name: K and V of `plain` and `reference` (float64) cut to what is valid.
-
-    Attributes:
-        ours: What our kernels return; K and V lie in `slabs`, which hold the user's slot too.
-    """
+    """One user's state after a prefill, by name: K and V of `plain` and `reference` (float64) cut to what is valid."""
 
     plain: Values
     reference: Values
-    ours: Values
-    slabs: Values
+    ours: Values  # what our kernels return; K and V lie in the slabs
+    slabs: Values  # and the user's slot
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPrograms:
-    """One model in one dtype, on the device.
-
-    Attributes:
-        plain: `prefill`, `append`, `decode` and `whole` with references.
-        reference: The first three in float64.
-        kernels: The first three lowered to our kernels.
-    """
+    """One model in one dtype, on the device: `prefill`, `append` and `decode`, and `whole` of the plain ones."""
 
     sizes: Sizes
     dtype: torch.dtype
     device: str
     adapter: ModelAdapter
-    plain: Mapping[str, Program]
-    reference: Mapping[str, Program]
-    kernels: Mapping[str, Program]
+    plain: Mapping[str, Program]  # with the ops' references
+    reference: Mapping[str, Program]  # the same in float64
+    kernels: Mapping[str, Program]  # lowered to our kernels
 
     @property
     def windows(self) -> list[TensorSpec]:

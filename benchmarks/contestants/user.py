@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contestants.graphs import graph_flops
 from benchmarks.context import SEED, Context
+from onetrans.bench.onnx_graphs import graph_flops
 from onetrans.errors import ParityError
 from onetrans.features.encode import encode_candidates, encode_tokens, encode_users
 from onetrans.features.merge import merge_tokens, parse_history

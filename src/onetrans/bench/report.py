@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from onetrans.bench.plots import plot_latency
 from onetrans.bench.record import Record, read_record
-from onetrans.errors import OneTransError
+from onetrans.errors import DataError, OneTransError
 
 
 def latency_rows(record: Record) -> Iterator[tuple[str, ...]]:
@@ -81,6 +82,20 @@ def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[s
     """The lines of a Markdown table, all columns but the first to the right."""
     rows = [head, ("---", *("---:" for _ in head[1:])), *body]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
+
+
+def between(text: str, mark: str, lines: Iterable[str], where: Path) -> str:
+    """The text with lines between its marks.
+
+    Raises:
+        DataError: It does not hold the marks, once and in order.
+    """
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    block = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if text.count(begin) != 1 or text.count(end) != 1 or not block.search(text):
+        raise DataError(f"{where} must hold {begin} and then {end}, each once")
+    content = "\n".join([begin, *lines, end])
+    return block.sub(lambda _: content, text)
 
 
 @click.command()

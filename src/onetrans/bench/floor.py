@@ -1,6 +1,6 @@
 """The floor on a CPU: nothing but the needed MatMuls, in ONNX Runtime, and by PyTorch as a cross-check.
 
-`python -m benchmarks.contestants.floor` reads {"products", "threads", "rounds"} on stdin and prints {"seconds"} of
+`python -m onetrans.bench.floor` reads {"products", "threads", "rounds"} on stdin and prints {"seconds"} of
 PyTorch: in a process of its own, because the threads of one library spin while the other computes.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.reckoning import Product, Rates
+from onetrans.bench.rates import Product, Rates
 from onetrans.bench.run import quiet_collector
 
 OPSET = 23

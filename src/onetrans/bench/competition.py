@@ -8,15 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from benchmarks.context import Context, LostContextError
-from benchmarks.reckoning import Work
+from onetrans.bench.rates import Rates, Work
+from onetrans.bench.runner import LostContextError
 from onetrans.bench.stats import LEAST_PAIRS
 from onetrans.bench.suite import Outcome, Row, estimated
-from onetrans.bench.timing import Blocks, Run, microseconds, times_faster, typical
+from onetrans.bench.timing import Blocks, Run, Timer, microseconds, times_faster, typical
 from onetrans.errors import ParityError
 from onetrans.parity.bound import FACTOR, FLOOR_ULP, bound
 from onetrans.precision import of_torch
@@ -103,6 +103,24 @@ def _worst(values: Any) -> float:
     return math.nan if any(value != value for value in found) else max(found)
 
 
+class Arena(Protocol):
+    """What a competition needs of a context."""
+
+    quick: bool
+
+    @property
+    def progress(self) -> Callable[[str], None]:
+        """Takes a line for the reader."""
+
+    @property
+    def timer(self) -> Timer:
+        """The device's timer."""
+
+    @property
+    def limits(self) -> Rates:
+        """The device's rates."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
     """One of those who compute something: `parity` judges its result before anything is timed, `run` makes it ready."""
@@ -113,7 +131,7 @@ class Contestant:
 
 
 def compete(
-    context: Context,
+    context: Arena,
     outcome: Outcome,
     case: str,
     contestants: Sequence[Contestant],

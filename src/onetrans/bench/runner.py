@@ -1,15 +1,14 @@
 """The runner: measures in order until time is up, each kept as soon as it is done and not repeated.
 
-A measure stands while its key does: the package's source and the measure's own, the device, libraries and options. The
-table of tuned launch configurations is no part of it: an entry notes the table's hash, so that tuning voids nothing.
+A measure stands while its key does, which the caller makes. What is no part of it, as the table of tuned launch
+configurations, is a fact that an entry notes, so that tuning voids nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
-import importlib
+import functools
 import json
 import sys
 import tempfile
@@ -20,12 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.context import RESULTS, ROOT, Context, LostContextError
-from benchmarks.reckoning import Rates
-from benchmarks.suites import CEILINGS, TESTS, Measure, Suite
-from onetrans.bench.environment import cpu_model, environment, gpu_state, libraries
+from onetrans.bench.environment import environment, gpu_state
 from onetrans.bench.processes import run_within
-from onetrans.bench.record import command, files_hash, write_json
+from onetrans.bench.rates import Rates
+from onetrans.bench.record import command, write_json
 from onetrans.bench.suite import Outcome, format_row, new_suite, read_suite
 from onetrans.errors import ConfigError, JobError
 
@@ -35,26 +32,79 @@ BEGUN = "begun"  # in the record while a measure runs: its name
 Key = dict[str, Any]
 
 
+class LostContextError(JobError):
+    """The device's context is lost: nothing more can run in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One measure.
+
+    Attributes:
+        name: In the record and for --only.
+        seconds: What it is expected to take; it does not start with less left.
+        run: Measures.
+        concerns: Ops that it runs by our kernels, and `programs`: a failing test of one leaves no figures.
+        dtype: Its dtype, for the same purpose.
+        alone: In a process of its own, which is ended when time is up.
+    """
+
+    name: str
+    seconds: float
+    run: Callable[[Any], Outcome]
+    concerns: tuple[str, ...] = ()
+    dtype: str = ""
+    alone: bool = False
+
+    @property
+    def module(self) -> str:
+        """Where its code is."""
+        function: Any = self.run
+        while isinstance(function, functools.partial):
+            function = function.func
+        return str(function.__module__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Measures that share a record.
+
+    Attributes:
+        needs: Measures that come before any other; the first may list failing tests in its entry's `concerns`.
+        budget: Seconds.
+        gpu: Whether torch runs it on a GPU, whose state is noted.
+        facts: Gives further fields of every entry; a held measure stands though they differ.
+    """
+
+    name: str
+    measures: dict[str, Measure]
+    needs: tuple[str, ...] = ()
+    budget: float = float("inf")
+    gpu: bool = False
+    facts: Callable[[], dict[str, Any]] = dict
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of one run; see `python -m benchmarks --help`."""
+    """The options of one run; see `python -m benchmarks --help`.
 
+    Attributes:
+        output: Folder of record and log.
+        root: The checkout, where processes run.
+        log: Whether to write a log.
+    """
+
+    output: Path
+    root: Path = Path()
+    log: bool = False
     only: tuple[str, ...] = ()
     fresh: bool = False
     quick: bool = False
     budget: float | None = None
     threads: int = 2
-    work: Path | None = None
-    output: Path | None = None
     rehearse: bool = False
     commit: str | None = None
     alone: Path | None = None
-    artefacts: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where the record goes."""
-        return self.output or RESULTS
 
 
 def chosen(only: Sequence[str], known: Mapping[str, Measure]) -> list[Measure]:
@@ -72,61 +122,33 @@ def chosen(only: Sequence[str], known: Mapping[str, Measure]) -> list[Measure]:
     return found
 
 
-def measure_key(suite: str, measure: Measure, options: Options) -> Key:
-    """What must be equal for a held measure to stand."""
-    gpu = suite == "gpu"
-    source = ROOT / "src" / "onetrans"
-    paths = {path for path in source.rglob("*.py") if path.relative_to(source).parts[0] not in ("cli", "sizing")}
-    file = importlib.import_module(measure.module).__file__
-    assert file is not None
-    paths.add(Path(file))
-    if measure.name == TESTS:
-        paths |= {*(ROOT / "parity_tests").glob("test_triton_*.py"), ROOT / "parity_tests" / "triton_device.py"}
-    return {
-        "source_sha256": files_hash(ROOT, paths),
-        "quick": options.quick,
-        "threads": None if gpu else options.threads,
-        "device": (gpu_state().get("name") or "rehearsal") if gpu else cpu_model(),
-        "libraries": libraries(),
-    }
-
-
 class Runner:
-    """One run of a suite."""
+    """One run of a suite; sets `progress`, `left` and `rates` of the context, and empties its `programs`."""
 
     def __init__(
         self,
         suite: Suite,
         options: Options,
-        key_of: Callable[[str, Measure, Options], Key] = measure_key,
+        context: Any,
+        key_of: Callable[[Measure], Key],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.suite, self.options, self.clock = suite, options, clock
-        self.began, self.gpu = clock(), suite.name == "gpu"
+        self.suite, self.options, self.context, self.clock = suite, options, context, clock
+        self.began, self.gpu = clock(), suite.gpu
         self.budget = options.budget or suite.budget
         if self.gpu:
             _prepare_torch()
-        self.path = options.folder / f"{suite.name}.json"
-        self.keys = {name: key_of(suite.name, measure, options) for name, measure in suite.measures.items()}
+        self.path = options.output / f"{suite.name}.json"
+        self.keys = {name: key_of(measure) for name, measure in suite.measures.items()}
         self.record = read_suite(self.path) if self.path.exists() else new_suite(suite.name)
         self.failed: list[str] = []
-        self.context = Context(
-            work=options.work or Path(tempfile.gettempdir()),
-            source=next(iter(self.keys.values()))["source_sha256"][:12],
-            progress=lambda line: self.say(f"  {line}"),
-            threads=options.threads,
-            quick=options.quick,
-            device="cuda" if self.gpu and not options.rehearse else "cpu",
-            rehearse=options.rehearse,
-            left=self.left,
-            artefacts=options.artefacts,
-        )
+        context.progress, context.left = lambda line: self.say(f"  {line}"), self.left
 
     def say(self, line: str) -> None:
         """Tells the reader, with the seconds since the start; where `--output` is given, its log too."""
         text = f"{self.clock() - self.began:6.1f} s  {line}"
         print(text, file=sys.stderr, flush=True)
-        if self.options.output is not None and not self.options.rehearse:
+        if self.options.log and not self.options.rehearse:
             self.options.output.mkdir(parents=True, exist_ok=True)
             with (self.options.output / f"{self.suite.name}.log").open("a", encoding="utf-8") as log:
                 log.write(text + "\n")
@@ -146,12 +168,13 @@ class Runner:
         """Runs what is to be run; gives the exit status."""
         options, known = self.options, self.suite.measures
         wanted = chosen(options.only, known)
-        if self.stands(CEILINGS):
-            self.context.rates = Rates(**self.record["measures"][CEILINGS]["rates"])
+        for name in self.suite.needs:
+            if self.stands(name) and "rates" in self.record["measures"][name]:
+                self.context.rates = Rates(**self.record["measures"][name]["rates"])
         if options.alone is not None:
             write_json(options.alone, self.measure(wanted[0]))
             return 0
-        needed = [known[name] for name in self.suite.needs if name != TESTS or not options.rehearse]
+        needed = [known[name] for name in (self.suite.needs[1:] if options.rehearse else self.suite.needs)]
         wanted = list({m.name: m for m in (*needed, *wanted)}.values())
         if not options.rehearse:
             self.name_the_ended()
@@ -159,7 +182,7 @@ class Runner:
         todo.sort(key=self.failed_before)  # stable
         if len(wanted) > len(todo):
             self.say(f"{len(wanted) - len(todo)} of {len(wanted)} measures are held already (--fresh measures again)")
-            self.name_other_tables(wanted, todo)
+            self.name_other_facts(wanted, todo)
         waiting = self.go_through(todo)
         if waiting:
             names = ", ".join(measure.name for measure in waiting[:6]) + (", …" if len(waiting) > 6 else "")
@@ -175,12 +198,13 @@ class Runner:
         entry = self.record["measures"].get(measure.name, {})
         return measure.name not in self.suite.needs and bool(entry.get("failed"))
 
-    def name_other_tables(self, wanted: Sequence[Measure], todo: Sequence[Measure]) -> None:
-        """Says which held measures were taken with another table of tuned configurations."""
-        held = {m.name for m in wanted} - {m.name for m in todo}
-        other = [n for n in held if self.record["measures"][n].get("tuned_sha256", tuned_hash()) != tuned_hash()]
-        if other and self.gpu:
-            self.say(f"{len(other)} of them used another tuned table (their entries say which)")
+    def name_other_facts(self, wanted: Sequence[Measure], todo: Sequence[Measure]) -> None:
+        """Says how many held measures differ in a fact, such as the table of tuned configurations that they used."""
+        held = [self.record["measures"][name] for name in {m.name for m in wanted} - {m.name for m in todo}]
+        for fact, value in self.suite.facts().items():
+            other = sum(entry.get(fact, value) != value for entry in held)
+            if other:
+                self.say(f"{other} of them have another {fact}, which their entries note")
 
     def name_the_ended(self) -> None:
         """Notes that a measure failed in which an earlier run was ended, so that it does not end this one as early."""
@@ -215,8 +239,9 @@ class Runner:
 
     def failing_test(self, measure: Measure) -> str:
         """The failing GPU test of what a measure runs; empty where there is none."""
-        entry = self.record["measures"].get(TESTS, {})
-        if self.options.rehearse or not measure.concerns or entry.get("key") != self.keys.get(TESTS):
+        tests = self.suite.needs[0] if self.suite.needs else ""
+        entry = self.record["measures"].get(tests, {})
+        if self.options.rehearse or not measure.concerns or entry.get("key") != self.keys.get(tests):
             return ""
         for parts, dtype, test in entry.get("concerns", []):
             if dtype in ("", measure.dtype) and (not parts or set(parts.split()) & set(measure.concerns)):
@@ -230,7 +255,7 @@ class Runner:
             return self.in_process(measure)
         outcome = Outcome()
         try:
-            with _no_gradients(self.suite.name):
+            with _no_gradients(self.gpu):
                 outcome = measure.run(self.context)
         except LostContextError as error:
             outcome.failed, outcome.facts["lost"] = str(error), True
@@ -239,7 +264,7 @@ class Runner:
             lines = str(error).strip().splitlines() or ["no message"]
             outcome.failed = f"{type(error).__name__}: {lines[0][:200]}"
             if self.gpu:
-                from benchmarks.competition import check_alive
+                from onetrans.bench.competition import check_alive
 
                 try:
                     check_alive(error)
@@ -272,9 +297,7 @@ class Runner:
             "environment": where or self.surroundings(),
             "command": command(),
         }
-        made |= {"seconds": round(seconds, 1), **outcome.plain()}
-        if self.suite.name != "cpu":
-            made["tuned_sha256"] = tuned_hash()
+        made |= {"seconds": round(seconds, 1), **outcome.plain(), **self.suite.facts()}
         if outcome.failed:
             self.say(f"  FAILED: {outcome.failed}")
         for row in made["rows"]:
@@ -298,9 +321,9 @@ class Runner:
         with tempfile.TemporaryDirectory(prefix="onetrans-alone-") as folder:
             made, printed = Path(folder) / "entry.json", Path(folder) / "printed"
             arguments = ["--suite", self.suite.name, "--only", measure.name, "--alone", str(made)]
-            arguments += ["--output", str(self.options.folder), *(["--quick"] if self.options.quick else [])]
+            arguments += ["--output", str(self.options.output), *(["--quick"] if self.options.quick else [])]
             arguments += ["--commit", self.options.commit] if self.options.commit else []
-            status = run_within([sys.executable, "-m", "benchmarks", *arguments], limit, printed, ROOT)
+            status = run_within([sys.executable, "-m", "benchmarks", *arguments], limit, printed, self.options.root)
             lines = printed.read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(lines[-30:]), file=sys.stderr)
             if made.exists():
@@ -308,13 +331,6 @@ class Runner:
                 return found
         failed = f"ended after {limit:.0f} s" if status is None else f"its process gave {status}"
         return self.entry(measure, Outcome(failed=failed))
-
-
-def tuned_hash() -> str:
-    """SHA-256 of the table of tuned launch configurations in force."""
-    from onetrans.kernels.launch import table
-
-    return hashlib.sha256(table.table_path().read_bytes()).hexdigest()
 
 
 def _prepare_torch() -> None:
@@ -329,8 +345,8 @@ def _prepare_torch() -> None:
     set_aside()
 
 
-def _no_gradients(suite: str) -> contextlib.AbstractContextManager[Any]:
-    if suite == "cpu":
+def _no_gradients(gpu: bool) -> contextlib.AbstractContextManager[Any]:
+    if not gpu:
         return contextlib.nullcontext()
     import torch
 
