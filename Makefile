@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 DEMO ?= demo
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test install bench gpu clean
+.PHONY: demo check test lint install bench gpu clean
 
 demo: $(VENV)/.installed  ## train tiny, export it to ONNX, verify, score a request, print latencies
 	rm -rf $(DEMO)
@@ -16,11 +16,17 @@ demo: $(VENV)/.installed  ## train tiny, export it to ONNX, verify, score a requ
 	$(BIN)/onetrans score $(DEMO)/bundle --input $(DEMO)/logs --limit 1
 	$(BIN)/onetrans bench $(DEMO)/bundle
 
-test: $(VENV)/.installed  ## ruff, mypy strict, pytest
+check: lint  ## lint, and the tests that are not slow: minutes
+	$(BIN)/pytest -m "not slow"
+
+test: lint  ## lint, and every test
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed  ## ruff, mypy strict, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/lint-imports --no-cache --no-logo
 
 install: $(VENV)/.installed
 

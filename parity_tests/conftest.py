@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ import parity_tests.triton_device  # noqa: F401  (before anything imports Triton
 from onetrans.cli.main import cli, run
 from onetrans.export import export
 from onetrans.features.random_requests import random_request
-from onetrans.features.requests import Request
+from onetrans.features.requests import Request, write_requests
 from onetrans.features.schema import FeatureSchema
 from onetrans.model.checkpoint import random_model, save_checkpoint
 from onetrans.model.onetrans import OneTrans
@@ -27,12 +29,24 @@ from onetrans.model.presets import preset
 from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
+from parity_tests.configs import VARIANTS, small_config
 
 if TYPE_CHECKING:
     from parity_tests.states import Reference
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 MAIN = (sys.executable, "-m", "onetrans.cli.main")
+UNMARKED_SECONDS = 20  # of CPU, which is ten seconds of the two cores that `make check` counts on
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Fails a test that takes long and does not say so. CPU seconds: a busy machine makes no test slow."""
+    before = sum(os.times()[:4])  # children's too, once they have been waited for
+    yield
+    taken = sum(os.times()[:4]) - before
+    if taken > UNMARKED_SECONDS and not item.get_closest_marker("slow"):
+        pytest.fail(f"took {taken:.0f} s of CPU; mark it slow or make it cheaper (limit {UNMARKED_SECONDS} s)")
 
 
 def trained_like(model: OneTrans, seed: int) -> OneTrans:
@@ -71,10 +85,43 @@ def tiny_bundle(tiny_model: OneTrans, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+@pytest.fixture(scope="session")
+def one_layer_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For exports that are stopped: as large as tiny's, for its tables, and exported in half the time."""
+    folder = tmp_path_factory.mktemp("session") / "checkpoint"
+    save_checkpoint(random_model(dataclasses.replace(preset("tiny"), layers=1), 0), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def intent_model() -> OneTrans:
+    """A small model whose history is ordered by intent, so that nothing can be appended. Not to be changed."""
+    return trained_like(random_model(small_config(**VARIANTS["intent"]), 0), 0)
+
+
+@pytest.fixture(scope="session")
+def intent_bundle(intent_model: OneTrans, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    folder = tmp_path_factory.mktemp("session") / "intent"
+    export(intent_model, folder)
+    return folder
+
+
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A bundle to damage."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def requests_file(tmp_path: Path) -> Path:
+    """`requests.json`: three requests for the tiny model, of 12 candidates each."""
+    path = tmp_path / "requests.json"
+    schema = preset("tiny").schema
+    made = [request_of(schema, events=events, candidates=12, seed=events) for events in (0, 70, 300)]
+    named = [dataclasses.replace(request, request=f"request {index}") for index, request in enumerate(made)]
+    write_requests(path, named)
+    return path
 
 
 @pytest.fixture(scope="session")

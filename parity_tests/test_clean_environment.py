@@ -37,7 +37,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A copy: building in the checkout would leave an egg-info folder there.
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "src"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "src"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
     constraints = ROOT / "constraints.txt"

@@ -35,7 +35,7 @@ def export_command(checkpoint: Path, output: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def rerun(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Path, one_layer_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """SIGKILL at three stages, each run over the leftover of the one before; then `onetrans-export` is let finish."""
     place = tmp_path_factory.mktemp("killed")
@@ -43,7 +43,7 @@ def rerun(
     (place / "other").mkdir()
     leftovers: list[str] = []
     for stage in ("capture", "lower", "verify"):
-        command = export_command(tiny_checkpoint, output)
+        command = export_command(one_layer_checkpoint, output)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr
             for line in process.stderr:
@@ -87,9 +87,9 @@ def test_onetrans_export_is_the_export_command(
     for name in ("append.onnx", "decode.onnx", "prefill.onnx", "weights.safetensors"):
         assert made.files[name] == expected.files[name], name
     assert made.weights_sha256 == expected.weights_sha256
-    keys = {"bundle", "target", "precision", "seconds", "bytes", "state_bytes_per_user", "parity"}
-    assert found.keys() == keys
-    assert found["bundle"] == str(place / "out")
+    assert found.keys() == {"bundle", "seconds", "bytes", "state_bytes_per_user", "parity"}
+    stated = ("name", "target", "device", "precision", "weights_sha256")
+    assert found["bundle"] == {"path": str(place / "out"), **{name: getattr(made, name) for name in stated}}
     sizes = {path.name: path.stat().st_size for path in (place / "out").iterdir()}
     assert found["bytes"] == sum(sizes.values()) - sizes["manifest.json"]
     assert found["state_bytes_per_user"] == expected.bytes_per_user
@@ -298,12 +298,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_an_export_that_the_disk_refuses(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_an_export_that_the_disk_refuses(one_layer_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """Files may grow to a megabyte; the weights need three."""
     older = Path(shutil.copytree(tiny_bundle, tmp_path / "older"))
     before = listing(tmp_path)
     done = subprocess.run(
-        export_command(tiny_checkpoint, tmp_path / "new" / "out"),
+        export_command(one_layer_checkpoint, tmp_path / "new" / "out"),
         capture_output=True,
         text=True,
         timeout=300,

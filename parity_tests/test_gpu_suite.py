@@ -54,6 +54,7 @@ def test_without_a_gpu_one_line_says_what_is_missing(arguments):
     assert line.endswith("or try the suite's code with --rehearse")
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_the_suites_code_and_keeps_nothing():
     """In a process of its own, as on a GPU host: with the source on the path, nothing installed, nothing fused."""
     before = {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
@@ -200,10 +201,7 @@ def stage(monkeypatch, tmp_path):
 
         made = {name: measure(name, takes) for name, takes in {"ceilings": 1.0, **plan}.items()}
         asked = Measure(name="tests", seconds=1.0, run=lambda context: dataclasses.replace(tests))
-        suite = Suite(
-            name="gpu", measures={"tests": asked, **made}, needs=("tests", "ceilings"), budget=450.0, gpu=True
-        )
-        suite = dataclasses.replace(suite, facts=suite_of("gpu").facts)
+        suite = dataclasses.replace(suite_of("gpu"), measures={"tests": asked, **made})
         given = Options(output=tmp_path, **options)
         context = Context(work=tmp_path)
         stage.status = Runner(suite, given, context, lambda _: {"source_sha256": stage.source}, clock).run()

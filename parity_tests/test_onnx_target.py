@@ -13,6 +13,7 @@ from onetrans.export import export
 from onetrans.export.config import ExportConfig
 from onetrans.kernels import mixed_linear_reference
 from onetrans.model.checkpoint import random_model
+from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.manifest import WEIGHTS_FILE
 from onetrans.runtime.tensors import read_tensors
 from parity_tests.configs import VARIANTS, small_config
@@ -20,8 +21,12 @@ from parity_tests.configs import VARIANTS, small_config
 SMALL = ExportConfig(max_users=8, max_candidates=600)
 
 
-@pytest.fixture(scope="module", params=["auto_split", "group_wise", "intent"])
+@pytest.fixture(
+    scope="module", params=["auto_split", *(pytest.param(x, marks=pytest.mark.slow) for x in ("group_wise", "intent"))]
+)
 def bundle(request, tmp_path_factory):
+    if request.param == "intent":
+        return Bundle.open(request.getfixturevalue("intent_bundle"))
     model = random_model(small_config(**VARIANTS[request.param]), seed=3)
     return export(model, tmp_path_factory.mktemp(request.param) / "bundle", SMALL)
 
@@ -186,6 +191,7 @@ def constant(tensor):
     return Tensor(tensor.numpy())
 
 
+@pytest.mark.slow
 def test_two_exports_of_the_same_weights_have_the_same_graphs(tmp_path):
     model = random_model(small_config(layers=1, explicit_keep=(64,)), seed=3)
     first, second = (export(model, tmp_path / name, SMALL) for name in ("a", "b"))
@@ -193,6 +199,7 @@ def test_two_exports_of_the_same_weights_have_the_same_graphs(tmp_path):
     assert first.manifest.weights_sha256 == second.manifest.weights_sha256
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_lowered_is_refused_in_one_line(tmp_path, monkeypatch):
     from onetrans.export.targets.onnx import target
 

@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 
 from onetrans.errors import BundleError, ConfigError, DataError
-from onetrans.export import export
 from onetrans.features.requests import Request
-from onetrans.model.checkpoint import random_model
 from onetrans.model.onetrans import OneTrans
 from onetrans.runtime import Ranker
 from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
-from parity_tests.configs import VARIANTS, small_config
-from parity_tests.conftest import rehash, trained_like
+from parity_tests.conftest import rehash
 from parity_tests.states import (
     Reference,
     cached,
@@ -48,18 +45,6 @@ def lives(backend: OnnxRuntimeCpu) -> dict[str, Request]:
 @pytest.fixture
 def ranker(backend: OnnxRuntimeCpu) -> Ranker:
     return cached(backend.bundle, backend, slots=16, working=3)[0]
-
-
-@pytest.fixture(scope="module")
-def intent_model() -> OneTrans:
-    return trained_like(random_model(small_config(**VARIANTS["intent"]), 0), 0)
-
-
-@pytest.fixture(scope="module")
-def intent_bundle(intent_model: OneTrans, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("intent") / "bundle"
-    export(intent_model, folder)
-    return folder
 
 
 # --- batches
@@ -217,6 +202,7 @@ def test_a_bundle_whose_states_are_others_cannot_take_over(
     assert_refused(ranker, lives, bundle, lambda: rehash(bundle, change), message)
 
 
+@pytest.mark.slow
 def test_another_model_cannot_take_over(ranker: Ranker, lives: dict[str, Request], intent_bundle: Path) -> None:
     assert_refused(ranker, lives, intent_bundle, lambda: None, "its state differs; open a Ranker of its own for it")
 
@@ -296,6 +282,7 @@ def test_the_same_bundle_again_keeps_its_states(ranker: Ranker, lives: dict[str,
 # --- intent-ordered bundles
 
 
+@pytest.mark.slow
 def test_an_intent_ordered_bundle_reuses_or_prefills(intent_model: OneTrans, intent_bundle: Path) -> None:
     reference = Reference(intent_model)
     opened = Bundle.open(intent_bundle)
@@ -317,6 +304,7 @@ def test_an_intent_ordered_bundle_reuses_or_prefills(intent_model: OneTrans, int
     assert [scores.result for scores in ranker.rank_batch(longer)] == ["reuse"] * 3
 
 
+@pytest.mark.slow
 def test_stale_reuse_of_an_intent_ordered_bundle_is_no_reuse(intent_bundle: Path) -> None:
     opened = Bundle.open(intent_bundle)
     ranker, _ = cached(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from onetrans.model.presets import preset
 from onetrans.model.training.config import SyntheticConfig, TrainConfig
 from onetrans.model.training.data import TrainingData
 from onetrans.model.training.evaluate import evaluate
-from onetrans.model.training.loop import StepReport, train
+from onetrans.model.training.loop import StepReport, TrainResult, train
 from onetrans.model.training.losses import task_losses
 from onetrans.model.training.places import state_folder
 
@@ -401,24 +403,33 @@ def test_config_files(text: str | None, expected: str, tmp_path: Path) -> None:
 ENOUGH, OVER_POPULARITY, OVER_NO_HISTORY = 0.72, 0.07, 0.05
 
 
+def train_tiny(folder: Path, *, history: bool) -> tuple[TrainResult, float]:
+    """What `onetrans train --preset tiny` trains, or the same model without any history; and its seconds of CPU."""
+    torch.set_num_threads(1)
+    model = preset("tiny")
+    logs = SyntheticConfig().logs(model)
+    if not history:
+        events = logs.events
+        none = dataclasses.replace(
+            events,
+            user_id=events.user_id[:0],
+            timestamp=events.timestamp[:0],
+            behaviour=events.behaviour[:0],
+            features={name: column[:0] for name, column in events.features.items()},
+        )
+        logs = dataclasses.replace(logs, events=none)
+    began = time.process_time()
+    return train(TrainConfig(), model, logs, folder), time.process_time() - began
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The tiny preset as `onetrans train --preset tiny` trains it, and the same model without any history."""
-    torch.set_num_threads(1)
-    folder, model, synthetic = tmp_path_factory.mktemp("tiny"), preset("tiny"), SyntheticConfig()
-    logs = synthetic.logs(model)
-    events = logs.events
-    none = dataclasses.replace(
-        events,
-        user_id=events.user_id[:0],
-        timestamp=events.timestamp[:0],
-        behaviour=events.behaviour[:0],
-        features={name: column[:0] for name, column in events.features.items()},
-    )
-    began = time.process_time()
-    with_history = train(TrainConfig(), model, logs, folder / "with")
-    seconds = time.process_time() - began
-    without = train(TrainConfig(), model, dataclasses.replace(logs, events=none), folder / "without")
+    """Both trainings, one beside the other: each takes one thread."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        other = pool.submit(train_tiny, folder / "without", history=False)
+        with_history, seconds = train_tiny(folder / "with", history=True)
+        without, _ = other.result()
     return {
         "model": with_history.held_out["ctr"],
         "cvr": with_history.held_out["cvr"],

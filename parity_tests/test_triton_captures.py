@@ -74,11 +74,9 @@ from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from benchmarks.contestants.programs import on_device as place
-from onetrans.export.config import ExportConfig
-from onetrans.export.split import extract, split
-from onetrans.export.targets.triton.target import lower
+from onetrans.export.targets.triton import lower_program
 from onetrans.model.onetrans import OneTrans
-from parity_tests.configs import small_config
+from parity_tests.configs import programs_of, small_config
 
 class Device:  # enough of a driver for torch to find out what kernels write
     def get_current_target(self):
@@ -99,7 +97,7 @@ def record(module, inputs):
 
 config = small_config(max_history=600, explicit_keep=(600, 24, 6))  # long enough for splits of a program each
 for program in programs_of(OneTrans(config).to(torch.bfloat16)).by_name.values():
-    lowered = place(lower(program), torch.device("cpu"), {})
+    lowered = place(lower_program(program), torch.device("cpu"), {})
     sizes = {"U": 1, "C": 7, "L": 9, "S": 3} | {f"W{i}": bound for i, bound in enumerate(config.pyramid.capacities)}
     shapes = [[sizes.get(d, 64) if isinstance(d, str) else d for d in spec.dims] for spec in lowered.inputs]
     inputs = [torch.zeros(n, dtype=getattr(torch, spec.dtype)) for n, spec in zip(shapes, lowered.inputs)]
@@ -117,6 +115,7 @@ for program in programs_of(OneTrans(config).to(torch.bfloat16)).by_name.values()
 """
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_the_kernels_of_whole_programs_and_what_they_write():
     """An argument taken for written would be copied around every launch."""
     lines = run(WHOLE_PROGRAM)

@@ -19,7 +19,7 @@ from parity_tests.triton_device import DEVICE, needs_triton
 
 pytest.importorskip("triton")
 
-from onetrans.export.targets.triton.target import lower
+from onetrans.export.targets.triton import lower
 
 pytestmark = needs_triton
 LENGTHS, CANDIDATES = [93, 70, 5], 7
@@ -55,7 +55,7 @@ class Lowered:
         self.dtype = dtype
         model = OneTrans(self.config).eval().to(dtype)
         self.plain = programs_of(model).by_name
-        self.ours = {name: lower(program) for name, program in self.plain.items()}
+        self.ours = {name: artifact.value for name, artifact in lower(self.plain).items()}
         for program in (*self.plain.values(), *self.ours.values()):
             on_device(program)
         self.request = adapt(model).example_inputs(0, {"U": 3, "C": CANDIDATES, "L": max(LENGTHS)})
@@ -113,7 +113,10 @@ class Lowered:
         return self.run("ours", "decode", given, pool, where, state)
 
 
-@pytest.fixture(scope="module", params=[(name, dtype) for name in MODELS for dtype in (torch.bfloat16, torch.float16)])
+LOWERED = [(name, dtype) for name in MODELS for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.fixture(scope="module", params=[LOWERED[0], *(pytest.param(x, marks=pytest.mark.slow) for x in LOWERED[1:])])
 def lowered(request):
     return Lowered(*request.param)
 
@@ -153,11 +156,12 @@ def outside_kernels(program):
     return sorted(name for name in named if not name.startswith(views))
 
 
+@pytest.mark.slow
 def test_what_a_graph_computes_outside_its_kernels_does_not_grow_with_its_layers():
     def left(layers, keep):
         torch.manual_seed(0)
         programs = programs_of(OneTrans(small_config(layers=layers, explicit_keep=keep)))
-        return [outside_kernels(lower(program)) for program in programs.by_name.values()]
+        return [outside_kernels(artifact.value) for artifact in lower(programs.by_name).values()]
 
     assert left(4, (64, 48, 24, 6)) == left(3, (64, 24, 6))
 
@@ -203,6 +207,7 @@ def double(lowered, given):
         return model(names["user"], names["candidate"])
 
 
+@pytest.mark.slow
 def test_a_candidates_score_is_its_own_in_any_company(half):
     everything = half.score(0, 1, 2)
     for user in range(3):
@@ -223,6 +228,7 @@ def assert_same_pools(one, other):
         assert torch.equal(torch.isnan(slab), torch.isnan(other[name])), f"{name}: other rows were written"
 
 
+@pytest.mark.slow
 def test_a_state_that_was_appended_to_is_bitwise_a_fresh_one(half):
     """Within a chunk of 8, out of slabs full of NaN; and so are the scores after it, and after no change at all."""
     where = {"slots": torch.tensor([2], device=DEVICE)}
@@ -256,8 +262,27 @@ def test_an_append_of_two_users_is_that_of_each(half):
 
 def test_a_program_without_windows_is_refused(half):
     program = half.plain["decode"]
-    renamed = dataclasses.replace(
-        program, inputs=tuple(dataclasses.replace(spec, name=f"not_{spec.name}") for spec in program.inputs)
-    )
-    with pytest.raises(ExportError, match=r"^the program has no windows of keys and values"):
-        lower(renamed)
+    without = tuple(dataclasses.replace(spec, state=None) if spec.is_window else spec for spec in program.inputs)
+    with pytest.raises(ExportError, match=r"^pass state_in_slabs: the program has no windows of keys and values"):
+        lower({"decode": dataclasses.replace(program, inputs=without)})
+
+
+def test_state_is_found_by_role_and_not_by_its_spelling():
+    """Other names for every input and output: the lowered program has the same slabs, and computes the same."""
+    programs = programs_of(OneTrans(small_config())).by_name
+    lowered = lower(programs)
+    renamed = {
+        name: dataclasses.replace(
+            program,
+            inputs=tuple(dataclasses.replace(spec, name=f"in_{i}") for i, spec in enumerate(program.inputs)),
+            outputs=tuple(dataclasses.replace(spec, name=f"out_{i}") for i, spec in enumerate(program.outputs)),
+        )
+        for name, program in programs.items()
+    }
+    for name, artifact in lower(renamed).items():
+        ours = lowered[name].value
+        assert [spec.state for spec in artifact.inputs] == [spec.state for spec in ours.inputs]
+        assert [spec.dims for spec in artifact.inputs] == [spec.dims for spec in ours.inputs]
+        assert [str(n.target) for n in artifact.value.module.graph.nodes if n.op == "call_function"] == [
+            str(n.target) for n in ours.module.graph.nodes if n.op == "call_function"
+        ]

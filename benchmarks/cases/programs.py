@@ -143,10 +143,8 @@ def program(context: Context, kind: str, model: str, dtype: str, modes: tuple[st
         contestants += [_replayed(context, FUSED, m.kernels[kind], trial, compiled=True)] if fuses else []
         contestants += _others(context, m.plain[kind], trial, modes)
         blocks = compete(context, outcome, name, contestants, trial.work, dtype, launched)
-        timed, requested = (
-            (blocks, trial.work, dtype, list(launched.items())[-1]),
-            kind != "decode" or request == trial.C,
-        )
+        timed = blocks, trial.work, dtype, list(launched.items())[-1]
+        requested = kind != "decode" or request == trial.C
         targets: dict[Any, float] = {"prefill": PREFILL_TARGET, "decode": DECODE_TARGET}.get(kind, {})
         target = None if context.rehearse else targets.get((model, dtype))
         _report(context, outcome, name, timed, target if kind == "prefill" else None)

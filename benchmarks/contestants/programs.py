@@ -52,9 +52,10 @@ def programs_of(model: Any) -> tuple[ModelAdapter, Programs]:
 
 def lower_to_kernels(programs: Mapping[str, Program]) -> dict[str, Program]:
     """Prefill, append and decode over the Triton kernels, state in slabs."""
-    from onetrans.export.targets.triton.target import lower
+    from onetrans.export.targets.triton import lower
 
-    return {kind: lower(programs[kind]) for kind in KINDS if kind in programs}
+    made = lower({kind: programs[kind] for kind in KINDS if kind in programs})
+    return {kind: artifact.value for kind, artifact in made.items()}
 
 
 def slab_name(spec: TensorSpec) -> str:

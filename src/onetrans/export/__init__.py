@@ -7,10 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from onetrans.errors import ConfigError, ExportError, OneTransError, OutputExistsError, ParityError
+from onetrans.export.config import ExportConfig
+
 if TYPE_CHECKING:
     from onetrans.export.pipeline import export
 
-__all__ = ["export"]
+__all__ = [
+    "ConfigError",
+    "ExportConfig",
+    "ExportError",
+    "OneTransError",
+    "OutputExistsError",
+    "ParityError",
+    "export",
+]
 
 
 def __getattr__(name: str) -> Any:

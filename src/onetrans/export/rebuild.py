@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,21 @@ class Builder:
 
     def copy(self, node: fx.Node, **changes: Any) -> fx.Node:
         """A copy of a node with its notes; some arguments, by name, replaced by values of the new graph."""
-        made = self.graph.node_copy(node, self._translate) if not changes else self._changed(node, changes)
+        if changes:
+            assert isinstance(node.target, torch._ops.OpOverload)
+            return self.retarget(node, node.target, **changes)
+        made = self.graph.node_copy(node, self._translate)
         made.meta = dict(node.meta)
         if node.op == "placeholder":
             self.inputs[made] = self._specs[node]
+        return made
+
+    def retarget(self, node: fx.Node, target: torch._ops.OpOverload, **changes: Any) -> fx.Node:
+        """A copy of a node that calls another op with arguments of the same names; its fake value stays."""
+        kept = {name: value for name, value in arguments(node).items() if name not in changes}
+        args, kwargs = as_call(target, {**self.new(kept), **changes})
+        made = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
+        made.meta = dict(node.meta)
         return made
 
     def call(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
@@ -87,12 +98,6 @@ class Builder:
             raise ExportError(f"{node.name} is still read, and was dropped")
         return self._new[node]
 
-    def _changed(self, node: fx.Node, changes: dict[str, Any]) -> fx.Node:
-        assert isinstance(node.target, torch._ops.OpOverload)
-        kept = {name: value for name, value in arguments(node).items() if name not in changes}
-        args, kwargs = as_call(node.target, {**self.new(kept), **changes})
-        return self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-
 
 Visitor = Callable[[Builder, fx.Node], Any]
 
@@ -103,6 +108,7 @@ def rebuild(
     *,
     refresh: bool = False,
     before_output: Callable[[Builder], None] = lambda build: None,
+    outputs: Sequence[TensorSpec] | None = None,
 ) -> Program:
     """A new program from a program, node by node; the given one is left as it is.
 
@@ -112,6 +118,7 @@ def rebuild(
             (as `Builder.copy`, `call` or `new` give it), DROP where nothing may read it any more, or None to copy it.
         refresh: Whether shapes change, so that the fake values of all calls are computed anew.
         before_output: Called before the outputs are put together.
+        outputs: Those of the program's outputs that the new one gives; all if left out.
 
     Returns:
         The new program. Its inputs are those that were copied or made; its outputs are the old ones, their specs read
@@ -125,7 +132,8 @@ def rebuild(
     for node in program.module.graph.nodes:
         if node.op == "output":
             before_output(build)
-            results = build.new(tuple(program.results()))
+            kept = zip(program.outputs, program.results(), strict=True)
+            results = build.new(tuple(value for spec, value in kept if outputs is None or spec in outputs))
             continue
         found = visit(build, node)
         if found is DROP:
@@ -135,21 +143,15 @@ def rebuild(
             build.refresh(made)
         build._new[node] = made
     build.graph.output(results)
-    return finish(program, build, refresh=refresh)
-
-
-def finish(program: Program, build: Builder, *, refresh: bool = False) -> Program:
-    """The program of a finished graph, with the weights that it reads."""
     read = {str(node.target) for node in build.graph.nodes if node.op == "get_attr"}
-    kept = {name: value for name, value in build.weights.items() if name in read}
+    weights = {name: value for name, value in build.weights.items() if name in read}
     made = dataclasses.replace(
-        program, module=fx.GraphModule(kept, build.graph), inputs=tuple(build.inputs[node] for node in _inputs(build))
+        program,
+        module=fx.GraphModule(weights, build.graph),
+        inputs=tuple(build.inputs[node] for node in build.graph.nodes if node.op == "placeholder"),
+        outputs=program.outputs if outputs is None else tuple(spec for spec in program.outputs if spec in outputs),
     )
     return made.specified() if refresh else made
-
-
-def _inputs(build: Builder) -> list[fx.Node]:
-    return [node for node in build.graph.nodes if node.op == "placeholder"]
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -189,7 +188,3 @@ class ModelConfig:
             ):
                 raise ConfigError(f"config {name} is {value!r}; it must be of type {hint.__name__}")
         return cls(**values)
-
-    def canonical(self) -> str:
-        """A stable text form, for hashing."""
-        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))

@@ -37,9 +37,9 @@ class OneTransAdapter:
         self.tasks = c.tasks
         self.pyramid = c.pyramid
         self.description: Mapping[str, str] = {
-            "size": f"d {c.d}, {c.heads} heads",
-            "candidate_tokens": f"{c.l_ns} NS-tokens",
-            "candidate_rows": f"C × {c.l_ns} rows",
+            "width": str(c.d),
+            "heads": str(c.heads),
+            "NS-tokens": str(c.l_ns),
         }
 
     @classmethod

@@ -206,16 +206,6 @@ def signature(dtype: str) -> dict[str, str]:
     }
 
 
-def fold_signature(dtype: str) -> dict[str, str]:
-    """Types of the run-time arguments of `candidate_fold_kernel`, in order."""
-    return {
-        **dict.fromkeys(("part", "part_m", "part_total"), "*fp32"),
-        **dict.fromkeys((*(f"length{i}" for i in range(SEGMENTS)), "starts"), "*i64"),
-        **dict.fromkeys(FOLD_INTEGERS, "i32"),
-        "out": f"*{dtype}",
-    }
-
-
 def constants(
     config: LaunchConfig,
     *,

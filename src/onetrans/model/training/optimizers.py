@@ -10,8 +10,6 @@ from torch.optim import Optimizer
 
 from onetrans.model.onetrans import OneTrans
 
-DENSE = ("adam", "rmsprop")
-
 
 class Optimizers:
     """Both optimisers of a model, and their learning rates over time."""
