@@ -39,7 +39,7 @@ def _tuned() -> dict[str, Any]:
 
 
 def _cpu() -> Iterator[Measure]:
-    from benchmarks.cases import bundles, matmul, soak, state
+    from benchmarks.cases import bundles, matmul, state
 
     yield Measure(name="export_time", seconds=190, run=bundles.export_time)
     yield Measure(name="parity", seconds=60, run=bundles.parity)
@@ -51,7 +51,7 @@ def _cpu() -> Iterator[Measure]:
     yield Measure(name="append_growth", seconds=10, run=state.append_growth)
     yield Measure(name="returning", seconds=120, run=state.returning)
     yield Measure(name="tiers", seconds=220, run=state.tiers)
-    yield Measure(name="soak", seconds=420, run=soak.soak)
+    yield Measure(name="soak", seconds=420, run=bundles.soak)
 
 
 def _compiled() -> Iterator[Measure]:

@@ -14,7 +14,6 @@ from click.testing import CliRunner
 
 from benchmarks import report
 from benchmarks.__main__ import main
-from benchmarks.contestants.user import user_of
 from benchmarks.context import RESULTS, Context, measure_key
 from benchmarks.reckoning import decode_products, prefill_products, visible_pairs
 from benchmarks.suites import suite_of
@@ -24,7 +23,9 @@ from onetrans.bench.record import write_json
 from onetrans.bench.run import in_turn
 from onetrans.bench.runner import Measure, Options, Runner, Suite
 from onetrans.bench.suite import Outcome, Row, format_row, new_suite, read_suite
+from onetrans.bench.user import one_user
 from onetrans.errors import DataError
+from onetrans.model.config import ModelConfig
 from onetrans.model.presets import preset
 from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.ranker import Ranker
@@ -76,8 +77,8 @@ def test_floor_counts_equal_a_hand_count() -> None:
 
 @pytest.mark.parametrize(("events", "candidates"), [(1, 1), (20, 7), (63, 5)])
 def test_graphs_do_the_floors_operations_and_no_more(ranker: Ranker, events: int, candidates: int) -> None:
-    user = user_of(ranker, events, candidates)
-    config = user.config
+    user = one_user(ranker, events, candidates)
+    config = ModelConfig.from_json(user.manifest.model)
     user.prefill(0, events)()
     lengths = user.pool.lengths(0).tolist()
     assert lengths == [events] * config.layers
@@ -90,7 +91,7 @@ def test_graphs_do_the_floors_operations_and_no_more(ranker: Ranker, events: int
 
 
 def test_an_append_of_ours_is_a_prefill(ranker: Ranker) -> None:
-    user = user_of(ranker, 40, 3)
+    user = one_user(ranker, 40, 3)
     user.prefill(0, 33)()
     append = user.append(0, 33, 40)
     append()
@@ -217,10 +218,10 @@ def test_suite_resumes_by_source_and_configuration(tmp_path: Path) -> None:
 
 def test_a_measures_key_holds_its_own_code_and_the_packages() -> None:
     suite, options = suite_of("cpu"), Options(output=RESULTS)
-    keys = {name: measure_key(suite, options, suite.measures[name]) for name in ("append", "tiers", "soak")}
+    keys = {name: measure_key(suite, options, suite.measures[name]) for name in ("append", "tiers", "parity")}
     assert keys["append"] == keys["tiers"]  # of one file
-    assert keys["append"]["source_sha256"] != keys["soak"]["source_sha256"]
-    assert {"quick", "threads", "device", "libraries"} < set(keys["soak"])
+    assert keys["append"]["source_sha256"] != keys["parity"]["source_sha256"]
+    assert {"quick", "threads", "device", "libraries"} < set(keys["parity"])
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
-"""export_time, parity and latency of whole bundles."""
+"""export_time, parity, latency and soak of whole bundles."""
 
 from __future__ import annotations
 
 import shutil
 import uuid
 
-from benchmarks.contestants.user import CANDIDATES
 from benchmarks.context import LARGE, SMALL, Context
 from onetrans.bench.load import LoadConfig, random_requests
 from onetrans.bench.record import make_record
 from onetrans.bench.run import REQUESTS, bench_ranker
+from onetrans.bench.soak import soak as soak_ranker
 from onetrans.bench.stats import LEAST_SAMPLES, median
 from onetrans.bench.suite import Outcome
 
@@ -18,6 +18,8 @@ EXPORT_SECONDS = {SMALL: 15.0, LARGE: 60.0}
 EXPORT_GIB = {LARGE: 8.0}
 EXPORT_RUNS = {SMALL: 5, LARGE: 3}  # single runs of tiny spread from 13 to 16 s, around the target
 RELATIVE_ERROR = 1e-5
+CANDIDATES = 100
+SOAKED, CACHED = 100_000, 100
 
 
 def export_time(context: Context) -> Outcome:
@@ -79,3 +81,9 @@ def latency(context: Context) -> Outcome:
         for component, seconds in samples.seconds.items():
             outcome.percentiles(f"{model}, {component}", seconds)
     return outcome
+
+
+def soak(context: Context) -> Outcome:
+    """100,000 mixed requests on tiny, with memory for a quarter of the users' states."""
+    plain, cached = context.ranker(SMALL, threads=1), context.ranker(SMALL, threads=1, states=CACHED)
+    return soak_ranker(plain, cached, 2_000 if context.quick else SOAKED, context.progress)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from benchmarks.contestants.kernels import ACTIVATION, EPS
-from benchmarks.contestants.programs import KINDS, by_name, lower_to_kernels, programs_of, slab_name
+from benchmarks.contestants.programs import KINDS, lower_to_kernels, programs_of, slab_name
 from benchmarks.context import SEED, Context
 from onetrans.bench.record import write_json
 from onetrans.bench.suite import Outcome
+from onetrans.export.execute import by_name
 from onetrans.export.models.base import ModelAdapter
 from onetrans.export.program import Program
 from onetrans.kernels.ahead.compile import Compiled, Variant, compile_variant

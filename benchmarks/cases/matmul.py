@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.contestants.user import CANDIDATES, OneUser, one_user
+from benchmarks.cases.bundles import CANDIDATES
 from benchmarks.context import LARGE, SEED, Context
 from benchmarks.reckoning import decode_pointwise_bytes, decode_products, prefill_pointwise_bytes, prefill_products
 from onetrans.bench.floor import Floor, new_session
 from onetrans.bench.rates import Product, Work, work_of
 from onetrans.bench.run import in_turn
 from onetrans.bench.suite import Outcome
+from onetrans.bench.user import OneUser, one_user
 from onetrans.errors import ParityError
+from onetrans.model.config import ModelConfig
 from onetrans.model.presets import preset
 
 ROUNDS, WHOLE_ROUNDS = 40, 20
@@ -30,9 +32,13 @@ Arrays = dict[str, NDArray[Any]]
 def _prepared(context: Context) -> tuple[OneUser, int, list[int]]:
     """A user with a full history, prefilled; its events, and its windows' lengths."""
     events = preset(LARGE).max_history
-    user = one_user(context, LARGE, events, slots=1)
+    user = one_user(context.ranker(LARGE), events, CANDIDATES, slots=1)
     user.prefill(0, events)()
     return user, events, user.pool.lengths(0).tolist()
+
+
+def _config(user: OneUser) -> ModelConfig:
+    return ModelConfig.from_json(user.manifest.model)
 
 
 def _work(products: Sequence[Product]) -> Work:
@@ -42,9 +48,9 @@ def _work(products: Sequence[Product]) -> Work:
 def decode_vs_matmul(context: Context) -> Outcome:
     """Decode of 100 candidates against its MatMuls, in turn, in the same process."""
     user, events, lengths = _prepared(context)
-    products = decode_products(user.config, lengths, CANDIDATES)
+    products = decode_products(_config(user), lengths, CANDIDATES)
     floor = context.machine.in_sequence(_work(products))
-    between = decode_pointwise_bytes(user.config, lengths, CANDIDATES) / context.machine.copy
+    between = decode_pointwise_bytes(_config(user), lengths, CANDIDATES) / context.machine.copy
     prediction = 1 + between / floor
     context.progress(f"predicted: floor {1e3 * floor:.0f} ms, ratio {prediction:.2f}, target {DECODE_TARGET}")
     runs: dict[str, Any] = {"decode": user.decode, "matmul": Floor(products, threads=context.threads).run}
@@ -63,9 +69,9 @@ def decode_vs_matmul(context: Context) -> Outcome:
 def prefill_vs_matmul(context: Context) -> Outcome:
     """Prefill of a full history against its MatMuls, with attention over whole windows and over visible pairs alone."""
     user, events, lengths = _prepared(context)
-    whole, visible = (prefill_products(user.config, lengths, visible_only=only) for only in (False, True))
+    whole, visible = (prefill_products(_config(user), lengths, visible_only=only) for only in (False, True))
     floors = {n: context.machine.in_sequence(_work(p)) for n, p in (("windows", whole), ("visible", visible))}
-    between = prefill_pointwise_bytes(user.config, lengths) / context.machine.copy
+    between = prefill_pointwise_bytes(_config(user), lengths) / context.machine.copy
     predictions = {name: (floors["windows"] + between) / floor for name, floor in floors.items()}
     context.progress(
         f"predicted: floor {1e3 * floors['windows']:.0f} ms, ratio {predictions['windows']:.2f}, target"
@@ -116,8 +122,8 @@ def request_vs_unsplit(context: Context) -> Outcome:
     user, events, lengths = _prepared(context)
 
     def floor(candidates: int) -> float:
-        of_user = prefill_products(user.config, lengths, visible_only=False)
-        of_candidates = decode_products(user.config, lengths, candidates)
+        of_user = prefill_products(_config(user), lengths, visible_only=False)
+        of_candidates = decode_products(_config(user), lengths, candidates)
         return context.machine.in_sequence(_work([*of_user, *of_candidates]))
 
     prediction = CANDIDATES * floor(1) / floor(CANDIDATES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants.programs import ModelPrograms, build, by_name, call, launches, run
+from benchmarks.contestants.programs import ModelPrograms, build
 from benchmarks.context import Context
 from benchmarks.reckoning import append_products, decode_products, prefill_products, windows
 from onetrans.bench.competition import (
@@ -24,7 +24,8 @@ from onetrans.bench.competition import (
 )
 from onetrans.bench.rates import PREDICTION, Work, work_of
 from onetrans.bench.suite import Outcome, estimated
-from onetrans.bench.timing import Blocks, Run, clear, typical
+from onetrans.bench.timing import Blocks, Run, clear, kernel_times, typical
+from onetrans.export.execute import by_name, call, launches, run
 from onetrans.export.program import Program
 from onetrans.kernels.jit import interpreted
 
@@ -273,22 +274,3 @@ def _over_floor(context: Context, outcome: Outcome, name: str, timed: Timed, tar
         told: dict[str, Any] = {"target": target, "prediction": context.limits.predict(work, dtype, count) / floor}
         reckoning = "floor: max(weight bytes / copy rate, flops / matmul rate)"
         outcome.rows.append(estimated(typical(blocks[ours]), title, scale=1 / floor, reckoning=reckoning, **told))
-
-
-def kernel_times(go: Callable[[], Any], rounds: int = 5) -> list[list[str]]:
-    """Kernel, launches and microseconds of one run, the longest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    go()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(rounds):
-            go()
-        torch.cuda.synchronize()
-    rows = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
-    body = [
-        [event.key[:80], f"{event.count / rounds:g}", f"{event.self_device_time_total / rounds:.1f}"]
-        for event in rows
-        if event.self_device_time_total
-    ]
-    return [["kernel", "launches", "µs"], *body[:20]]

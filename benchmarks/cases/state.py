@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contestants.user import CANDIDATES, OneUser, agree, one_user
+from benchmarks.cases.bundles import CANDIDATES
 from benchmarks.context import LARGE, SEED, Context
 from onetrans.bench.onnx_graphs import node_times
 from onetrans.bench.run import SPINNING, in_turn, quiet_collector
 from onetrans.bench.suite import Outcome
+from onetrans.bench.user import OneUser, agree, one_user
 from onetrans.errors import JobError
 from onetrans.features.random_requests import first_events, random_request
 from onetrans.runtime.cache.lookup import Held
@@ -39,7 +40,7 @@ TIER_ROUNDS = 7
 
 def append(context: Context) -> Outcome:
     """Append of 8 events to 1100 against a prefill of 1108, in turn, in rounds seconds apart."""
-    user, total = one_user(context, LARGE, HISTORY + FRESH), HISTORY + FRESH
+    user, total = one_user(context.ranker(LARGE), HISTORY + FRESH, CANDIDATES), HISTORY + FRESH
     user.prefill(0, HISTORY)()
     runs = {"append": user.append(0, HISTORY, total), "prefill": user.prefill(1, total)}
     for run in runs.values():
@@ -86,7 +87,7 @@ def append_growth(context: Context) -> Outcome:
 
     A node counts as attention where one of its inputs or outputs has a layer's window as a size.
     """
-    user, outcome = one_user(context, LARGE, max(GROWTH) + FRESH), Outcome()
+    user, outcome = one_user(context.ranker(LARGE), max(GROWTH) + FRESH, CANDIDATES), Outcome()
     attended, whole, rest = {}, {}, {}
     for events in GROWTH:
         context.progress(f"{events} events")
@@ -170,7 +171,7 @@ def tiers(context: Context) -> Outcome:
     for model, lengths in TIER_LENGTHS.items():
         if context.quick and model == "onetrans-l":
             continue
-        user = one_user(context, model, max(lengths) + max(TIER_FRESH))
+        user = one_user(context.ranker(model), max(lengths) + max(TIER_FRESH), CANDIDATES)
         for events in lengths:
             context.progress(f"{model}, {events} events")
             cost, size, error = _tier_costs(user, events, context)

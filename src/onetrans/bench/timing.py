@@ -167,3 +167,22 @@ def clear() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def kernel_times(go: Callable[[], Any], rounds: int = 5) -> list[list[str]]:
+    """Kernel, launches and microseconds of one run, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    go()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(rounds):
+            go()
+        torch.cuda.synchronize()
+    rows = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
+    body = [
+        [event.key[:80], f"{event.count / rounds:g}", f"{event.self_device_time_total / rounds:.1f}"]
+        for event in rows
+        if event.self_device_time_total
+    ]
+    return [["kernel", "launches", "µs"], *body[:20]]

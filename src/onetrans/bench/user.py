@@ -1,4 +1,4 @@
-"""Ours on a CPU: one user of a bundle, whose state stays in slots, so that prefill, append and decode run apart."""
+"""One user of a bundle, whose state stays in slots, so that prefill, append and decode are timed apart."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.context import SEED, Context
 from onetrans.bench.onnx_graphs import graph_flops
 from onetrans.errors import ParityError
 from onetrans.features.encode import encode_candidates, encode_tokens, encode_users
 from onetrans.features.merge import merge_tokens, parse_history
 from onetrans.features.random_requests import random_request
 from onetrans.features.requests import Request
-from onetrans.model.config import ModelConfig
 from onetrans.runtime.manifest import Manifest
 from onetrans.runtime.pools.base import StatePool
 from onetrans.runtime.ranker import Ranker
 
-CANDIDATES = 100
 ALLOWED = 1e-5  # relative, of scores: what the bundle's parity is held to
 
 
@@ -39,11 +36,6 @@ class OneUser:
     def manifest(self) -> Manifest:
         """The bundle's."""
         return self.ranker.bundle.manifest
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's configuration."""
-        return ModelConfig.from_json(self.manifest.model)
 
     def inputs(self, first: int, last: int) -> dict[str, Any]:
         """User-scope inputs with the events from `first` up to `last`."""
@@ -85,15 +77,10 @@ class OneUser:
         return graph_flops(self.ranker.bundle, name, given)
 
 
-def one_user(context: Context, model: str, events: int, slots: int = 2) -> OneUser:
-    """Opens the preset's bundle and makes a user."""
-    return user_of(context.ranker(model), events, CANDIDATES, slots)
-
-
-def user_of(ranker: Ranker, events: int, candidates: int, slots: int = 2) -> OneUser:
-    """A user of an opened bundle."""
+def one_user(ranker: Ranker, events: int, candidates: int, slots: int = 2, seed: int = 0) -> OneUser:
+    """A random user of an opened bundle, with so many events and candidates."""
     schema, merge = ranker.bundle.manifest.schema, ranker.bundle.manifest.merge
-    request = random_request(schema, events=events, candidates=candidates, rng=np.random.default_rng(SEED))
+    request = random_request(schema, events=events, candidates=candidates, rng=np.random.default_rng(seed))
     return OneUser(
         ranker=ranker,
         pool=ranker.backend.allocate(slots),

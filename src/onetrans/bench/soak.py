@@ -6,32 +6,34 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.context import SEED, SMALL, Context
 from onetrans.bench.suite import Outcome
 from onetrans.features.random_requests import first_events, random_request
+from onetrans.runtime.ranker import Ranker
 
-REQUESTS, THREADS = 100_000, 4
-USERS, CACHED = 400, 100
+THREADS, USERS = 4, 400
 EVENTS, CANDIDATES = 300, 5
 MEAN_FRESH = 1.5
 SAMPLE_EVERY = 500
 FLAT = 0.02
 
 
-def soak(context: Context) -> Outcome:
-    """100,000 mixed requests on tiny: wrong scores, memory in the second half, integrity while it runs."""
-    plain, cached = context.ranker(SMALL, threads=1), context.ranker(SMALL, threads=1, states=CACHED)
+def soak(plain: Ranker, cached: Ranker, total: int, progress: Callable[[str], None], seed: int = 0) -> Outcome:
+    """Mixed requests to a ranker that keeps states and to one that does not, from several threads.
+
+    Counts wrong scores, memory in the second half, and checks of integrity while it runs.
+    """
     manifest = plain.bundle.manifest
     # Each side may be this far from the reference, so they may be twice as far from each other.
     allowed = 2 * max(result["bound"] for result in manifest.parity["results"])
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     users = [random_request(manifest.schema, events=EVENTS, candidates=CANDIDATES, rng=rng) for _ in range(USERS)]
-    total = left = 2_000 if context.quick else REQUESTS
+    left = total
     lengths, worst, wrong = rng.integers(0, EVENTS, USERS), 0.0, 0
     memory: list[float] = []
     results: Counter[str] = Counter()
@@ -64,7 +66,7 @@ def soak(context: Context) -> Outcome:
                     pages = int(Path("/proc/self/statm").read_text().split()[1])
                     memory.append(float(pages * os.sysconf("SC_PAGE_SIZE")))
                 if after % (total // 10) == 0:
-                    context.progress(f"{total - after} of {total} requests, {wrong} wrong")
+                    progress(f"{total - after} of {total} requests, {wrong} wrong")
 
     def watch() -> int:
         checks = 0
