@@ -116,7 +116,7 @@ def measure_cases(
         plain = reference(case, inputs[0])
         judge = functools.partial(compare, plain=plain, reference=reference(case, inputs[0], double=True))
         judge = functools.partial(judge, rounding=inputs[0].rounding)
-        each = (providers.ours(case), providers.eager(case), *others(case))
+        each = (*providers.ours_and_eager(case), *others(case))
         found = [_contestant(context, provider, inputs, judge, case) for provider in each]
         title = f"{name}, {case.name}"
         blocks[case.name] = compete(context, outcome, title, found, case.work, dtype, {OURS: None}, calls=calls)
@@ -157,27 +157,27 @@ def _least(outcome: Outcome, name: str, blocks: Mapping[str, Blocks], others: It
         outcome.rows += [min(there, key=lambda row: row.value)] if there else []
 
 
-def _by_candidates(
-    outcome: Outcome, name: str, sizes: Sizes, blocks: Mapping[str, Blocks], others: Iterable[str]
-) -> None:
-    for C in sizes.candidates:
+def _against(context: Context, op: str, model: str, dtype: str, cases: list[Case], rivals: Any, names: Any) -> Outcome:
+    """An attention against rivals: the worst shape, of candidates for each number of them."""
+    name = f"{op}, {model}, {dtype}"
+    outcome, blocks = measure_cases(context, name, dtype, cases, rivals)
+    if op == HISTORY:
+        _least(outcome, f"{name}, worst of {len(blocks)} shapes", blocks, names, op)
+        return outcome
+    for C in context.sizes(model).candidates:
         mine = {case: found for case, found in blocks.items() if case.startswith(f"C = {C},")}
-        _least(outcome, f"{name}, C = {C}, worst of {len(mine)} layers", mine, others, CANDIDATES)
+        _least(outcome, f"{name}, C = {C}, worst of {len(mine)} layers", mine, names, op)
+    return outcome
 
 
 def attention(context: Context, op: str, model: str, dtype: str) -> Outcome:
     """An attention against SDPA; candidates over K and V expanded for each, the expansion part of it or not."""
-    backends, sizes, name = SDPA, context.sizes(model), f"{op}, {model}, {dtype}"
+    backends = SDPA
     if context.rehearse:
         context.progress(f"skipped, since they need a GPU: {', '.join(SDPA)}; sdpa-math stands for them")
         backends = {"sdpa-math": SDPBackend.MATH}
-    cases = cases_of(op, sizes)
-    outcome, blocks = measure_cases(context, name, dtype, cases, lambda case: providers.sdpa(case, backends))
-    if op == HISTORY:
-        _least(outcome, f"{name}, worst of {len(blocks)} shapes", blocks, backends, op)
-    else:
-        _by_candidates(outcome, name, sizes, blocks, backends)
-    return outcome
+    cases = cases_of(op, context.sizes(model))
+    return _against(context, op, model, dtype, cases, lambda case: providers.sdpa(case, backends), backends)
 
 
 def products(context: Context, op: str, model: str, dtype: str) -> Outcome:
@@ -189,22 +189,17 @@ def products(context: Context, op: str, model: str, dtype: str) -> Outcome:
 
 def flex_attention(context: Context, op: str, model: str, dtype: str) -> Outcome:
     """An attention against FlexAttention, compiled for the first shape alone, for the others once."""
-    sizes, name = context.sizes(model), f"{op}, {model}, {dtype}"
-    cases = cases_of(op, sizes)
-    if op == CANDIDATES:  # over the first layer's window
-        cases = [case for case in cases if "layer 0:" in case.name]
+    sizes = context.sizes(model)
+    cases = [case for case in cases_of(op, sizes) if op == HISTORY or "layer 0:" in case.name]
     first = next((case for case in cases if op == CANDIDATES and case.rows == sizes.request), cases[0])
 
     def others(case: Case) -> list[Provider]:
         compiler = functools.partial(context.compile, dynamic=case != first)
         return [providers.flex(case, (lambda function: function) if context.rehearse else compiler)]
 
-    outcome, blocks = measure_cases(context, name, dtype, cases, others)
-    if op == HISTORY:
-        _least(outcome, f"{name}, worst of {len(blocks)} shapes", blocks, ["flex"], op)
+    outcome = _against(context, op, model, dtype, cases, others, ["flex"])
+    if op == HISTORY:  # whose target is stated against SDPA
         outcome.rows = [dataclasses.replace(row, target=None) for row in outcome.rows]
-    else:
-        _by_candidates(outcome, name, sizes, blocks, ["flex"])
     outcome.notes.append(f"FlexAttention is compiled for {first.name} alone, and with dynamic shapes for the others")
     return outcome
 

@@ -11,17 +11,8 @@ import torch
 from benchmarks.contestants.programs import ModelPrograms, build
 from benchmarks.context import Context
 from benchmarks.reckoning import append_products, decode_products, prefill_products, windows
-from onetrans.bench.competition import (
-    OTHERS,
-    OURS,
-    Contestant,
-    Parity,
-    Values,
-    compare_programs,
-    compete,
-    faster_row,
-    reason,
-)
+from onetrans.bench import competition
+from onetrans.bench.competition import OTHERS, OURS, Contestant, Parity, Values, compare_programs
 from onetrans.bench.rates import PREDICTION, Work, work_of
 from onetrans.bench.suite import Outcome, estimated
 from onetrans.bench.timing import Blocks, Run, clear, kernel_times, typical
@@ -143,7 +134,7 @@ def program(context: Context, kind: str, model: str, dtype: str, modes: tuple[st
         contestants = [_replayed(context, OURS, m.kernels[kind], trial)]
         contestants += [_replayed(context, FUSED, m.kernels[kind], trial, compiled=True)] if fuses else []
         contestants += _others(context, m.plain[kind], trial, modes)
-        blocks = compete(context, outcome, name, contestants, trial.work, dtype, launched)
+        blocks = competition.compete(context, outcome, name, contestants, trial.work, dtype, launched)
         timed = blocks, trial.work, dtype, list(launched.items())[-1]
         requested = kind != "decode" or request == trial.C
         targets: dict[Any, float] = {"prefill": PREFILL_TARGET, "decode": DECODE_TARGET}.get(kind, {})
@@ -160,7 +151,7 @@ def program(context: Context, kind: str, model: str, dtype: str, modes: tuple[st
             try:
                 outcome.tables[f"{name}: device time by kernel"] = kernel_times(call(m.kernels[kind], own))
             except Exception as error:
-                outcome.notes.append(f"{name}: no profile, {reason(error)}")
+                outcome.notes.append(f"{name}: no profile, {competition.reason(error)}")
     return outcome
 
 
@@ -196,10 +187,10 @@ def request(context: Context, model: str, dtype: str, mode: str | None = None) -
     prefill = prefill_products(config, windows(config, sizes.prefill), visible_only=True)
     work = work_of(prefill, dtype) + decode.work
     launched: dict[str, int | None] = {OURS: sum(launches(m.kernels[kind]) for kind in ("prefill", "decode"))}
-    blocks = compete(context, outcome, title, contestants, work, dtype, launched)
+    blocks = competition.compete(context, outcome, title, contestants, work, dtype, launched)
     _report(context, outcome, title, (blocks, work, dtype, (OURS, launched[OURS])))
     if mode is not None:
-        row = faster_row(title, blocks, [name], REQUEST_TARGET if mode == "max-autotune" else None)
+        row = competition.faster_row(title, blocks, [name], REQUEST_TARGET if mode == "max-autotune" else None)
         outcome.rows += [row] if row is not None else []
         if row is None and not outcome.failed:
             outcome.failed = f"{title}: {name} did not run"
