@@ -105,18 +105,20 @@ def test_verify_fails_on_nan_and_its_json_stays_json(run_here: Command, bundle: 
 
 
 def test_verify_refuses_cases_that_are_not_all_there(run_here: Command, bundle: Path) -> None:
-    edit_tensors(bundle, "gold.safetensors", lambda t: {n: v for n, v in t.items() if not n.startswith("1/gold/")})
+    edit_tensors(
+        bundle, "cases.safetensors", lambda t: {n: v for n, v in t.items() if not n.startswith("1/reference/")}
+    )
     line = error_line(run_here("verify", bundle), 2)
     assert "does not hold the 9 cases stated" in line
 
 
 def test_verify_fails_where_nothing_was_compared(run_here: Command, bundle: Path) -> None:
-    edit_tensors(bundle, "gold.safetensors", lambda tensors: {})
+    edit_tensors(bundle, "cases.safetensors", lambda tensors: {})
     line = error_line(run_here("verify", bundle), 1)
     assert line == "nothing was compared: the bundle carries no parity case; export it again"
-    (bundle / "gold.safetensors").unlink()
-    rehash(bundle, lambda body: body["files"].pop("gold.safetensors"))
-    assert "carries no gold.safetensors; export it again" in error_line(run_here("verify", bundle), 2)
+    (bundle / "cases.safetensors").unlink()
+    rehash(bundle, lambda body: body["files"].pop("cases.safetensors"))
+    assert "carries no cases.safetensors; export it again" in error_line(run_here("verify", bundle), 2)
 
 
 def test_verify_against_a_checkpoint(
@@ -340,7 +342,7 @@ def test_doctor(run_cli: Command) -> None:
     found = one_object(done.stdout)
     assert found["packages"]["numpy"] == np.__version__
     assert found["packages"]["onnxruntime"] or found["packages"]["onnxruntime-gpu"]
-    assert found["missing"]["serve an onnx bundle"] == found["missing"]["export to onnx"] == []
+    assert found["missing"]["serve onnx bundles"] == found["missing"]["export to onnx"] == []
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     table = run_cli("doctor")
     assert table.returncode == 0

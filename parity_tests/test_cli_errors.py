@@ -37,7 +37,11 @@ from parity_tests.conftest import MAIN, Command, as_rows, error_line, listing, r
         (["export", "--output", "b", "--preset", "tiny"], "give either --checkpoint FOLDER, or --preset NAME with"),
         (["export", "--output", "b", "--random-weights"], "give either --checkpoint FOLDER, or --preset NAME with"),
         (["export", "--output", "b", "--target", "abacus"], "'--target': 'abacus' is not one of 'onnx'"),
-        (["export", "--output", "b", "--precision", "fp8"], "cannot run precision 'fp8'; allowed: fp32"),
+        (
+            ["export", "--output", "b", "--precision", "fp8"],
+            "'--precision': 'fp8' is not one of 'fp32', 'fp16'",
+        ),
+        (["export", "--output", "b", "--precision", "bf16"], "cannot run precision 'bf16'; allowed: fp32"),
         (["export", "--output", "b", "--max-candidates", "0"], "--max-candidates is 0; it must be at least 2"),
         (["export", "--output", "b", "--max-users", "-3"], "--max-users is -3; it must be at least 2"),
         (
