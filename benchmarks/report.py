@@ -31,11 +31,7 @@ FIGURES = (  # measure, beginning of the row's name, words of the README
 
 
 def records(results: Path) -> dict[str, Record]:
-    """The suites' records by name, that of the CPU first.
-
-    Raises:
-        DataError: There is none of the CPU.
-    """
+    """The suites' records by name, that of the CPU first."""
     found = {
         name: read_suite(path) for name in ("cpu", "gpu", "compiled") if (path := results / f"{name}.json").exists()
     }
@@ -129,12 +125,7 @@ def figure_lines(record: Record) -> Iterator[str]:
 
 
 def written(readme: Path, page: Path, results: Path) -> dict[Path, tuple[str, str]]:
-    """Both files' texts, as they are and as the records want them.
-
-    Raises:
-        JobError: A file cannot be read.
-        DataError: A record or a pair of marks is missing.
-    """
+    """Both files' texts, as they are and as the records want them."""
     found, texts = records(results), {}
     for path in (readme, page):
         try:

@@ -99,11 +99,7 @@ def _rate(name: str, unit: str, amount: float, time: Estimate) -> Row:
 
 
 def check_device() -> None:
-    """Sees that a GPU and everything else is there.
-
-    Raises:
-        MissingDependencyError: Something is not.
-    """
+    """Sees that a GPU and everything else is there."""
     for package in ("triton", "pytest"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(f"the GPU suite needs the package {package}, which is not installed")
