@@ -14,7 +14,7 @@ import click
 from benchmarks.suites import SUITES
 from onetrans.errors import ConfigError, OneTransError
 
-PATH = click.Path(path_type=Path)
+PATH, SECONDS = click.Path(path_type=Path), click.FloatRange(min=1)
 
 
 @click.command(epilog="Example: python -m benchmarks --suite gpu --only decode --output run")
@@ -32,17 +32,9 @@ PATH = click.Path(path_type=Path)
 @click.option("--list", "listed", is_flag=True, help="Name the measures and what each should take, and end.")
 @click.option("--fresh", is_flag=True, help="Measure again what the record holds already.")
 @click.option("--quick", is_flag=True, help="Take few samples, for a look; needs --output, since these are not kept.")
+@click.option("--budget", type=SECONDS, help="Start no measure after so many seconds.  [default: 450 of gpu]")
 @click.option(
-    "--budget",
-    type=click.FloatRange(min=1),
-    help="Start no measure after so many seconds.  [default: 450 of gpu, no limit of others]",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="Let every CPU engine use so many threads.",
+    "--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of every CPU engine."
 )
 @click.option(
     "--work", type=PATH, help="Keep bundles, graphs and compiled kernels here.  [default: a temporary folder]"

@@ -1,4 +1,4 @@
-"""The reckoning of a model: the products that it cannot do without, and the work of each kernel.
+"""The reckoning of a model: the products that it cannot do without.
 
 Counted from the model's configuration and the windows' true lengths, not from the exported graphs, so that padding or a
 needless product of a graph is charged to the graph.
@@ -9,22 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from onetrans.bench.rates import Product, Work
+from onetrans.bench.rates import Product, visible_pairs
 from onetrans.model.config import ModelConfig
 
-HALF = 2  # bytes of float16 and bfloat16
 SINGLE = 4
 
 
 def windows(config: ModelConfig, length: int) -> list[int]:
     """Tokens of each layer's window for a history of `length` events."""
     return [length - start for start in config.pyramid.key_starts(length)]
-
-
-def visible_pairs(queries: int, window: int) -> int:
-    """Pairs of the last `queries` tokens of a window and the tokens that each sees, itself included."""
-    first = window - queries + 1
-    return queries * (first + window) // 2
 
 
 def decode_products(config: ModelConfig, lengths: Sequence[int], candidates: int) -> list[Product]:
@@ -133,32 +126,3 @@ def prefill_pointwise_bytes(config: ModelConfig, lengths: Sequence[int]) -> int:
     for window, queries in itertools.pairwise(lengths):
         total += (16 + 2 * config.ffn_ratio) * config.d * queries + 4 * config.heads * queries * window
     return SINGLE * total
-
-
-def history_work(*, queries: int, window: int, heads: int, width: int) -> Work:
-    """history_attention of the last `queries` of `window` tokens, heads of `width`, over visible pairs."""
-    flops = 4 * heads * width * visible_pairs(queries, window)
-    return Work(flops=flops, bytes=HALF * heads * width * 2 * (queries + window))
-
-
-def candidate_work(*, candidates: int, positions: int, window: int, heads: int, width: int) -> Work:
-    """candidate_attention of one user's candidates over a window and their own causal blocks."""
-    pairs = positions * window + positions * (positions + 1) // 2
-    moved = 4 * positions * candidates + 2 * window
-    return Work(flops=4 * heads * width * candidates * pairs, bytes=HALF * heads * width * moved)
-
-
-def linear_work(*, positions: int, rows: int, inner: int, columns: int, gain: bool, residual: bool) -> Work:
-    """mixed_linear."""
-    weights = positions * inner * columns + (inner if gain else 0)
-    moved = positions * rows * (inner + columns * (2 if residual else 1))
-    flops = 2 * positions * rows * inner * columns
-    return Work(flops=flops, bytes=HALF * (moved + weights), weight_bytes=HALF * weights)
-
-
-def ffn_work(*, positions: int, rows: int, inner: int, hidden: int) -> Work:
-    """mixed_ffn without a gate, its hidden columns never in device memory."""
-    weights = 2 * positions * inner * hidden + inner
-    moved = 2 * positions * rows * inner + weights
-    flops = 4 * positions * rows * inner * hidden
-    return Work(flops=flops, bytes=HALF * moved, weight_bytes=HALF * weights)

@@ -14,7 +14,7 @@ import click
 from benchmarks.context import RESULTS, ROOT
 from onetrans.bench.plots import plot_latency
 from onetrans.bench.record import Record
-from onetrans.bench.report import between, latency_lines, markdown_table, origin
+from onetrans.bench.report import between, gpu_origin, latency_lines, markdown_table, origin
 from onetrans.bench.suite import HEAD, format_outcome, format_target, read_suite, row_cells
 from onetrans.errors import DataError, JobError, OneTransError
 from onetrans.files import replace_text
@@ -91,14 +91,6 @@ def gpu_lines(record: Record) -> Iterator[str]:
 def _times(found: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> Iterator[str]:
     yield from (f"{1e3 * found[name]['seconds']['value']:.3f}" if name in found else "" for name in names)
     yield f"{1e3 * next(iter(found.values()))['floor']:.3f}"
-
-
-def gpu_origin(where: Mapping[str, Any]) -> str:
-    """Device, versions, commit and date in one line."""
-    commit = (where["commit"] or "no checkout")[:12] + (" with changes" if where["dirty"] else "")
-    gpu, versions = where["gpu"], where["libraries"]
-    told = f"torch {versions['torch']}, CUDA {gpu['cuda']}, Triton {versions['triton']}"
-    return f"one {gpu['name']}, {told}; {commit}; {where['date'][:10]}."
 
 
 def compiled_lines(record: Record) -> Iterator[str]:

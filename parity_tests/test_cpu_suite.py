@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks.context import RESULTS, Context, measure_key
-from benchmarks.reckoning import decode_products, prefill_products, visible_pairs
+from benchmarks.reckoning import decode_products, prefill_products
 from benchmarks.suites import suite_of
 from onetrans.bench.floor import Floor, floor_model, time_products
-from onetrans.bench.rates import Product, work_of
+from onetrans.bench.rates import Product, visible_pairs, work_of
 from onetrans.bench.record import write_json
 from onetrans.bench.run import in_turn
 from onetrans.bench.runner import Measure, Options, Runner, Suite

@@ -19,21 +19,12 @@ from benchmarks import report, tuning
 from benchmarks.__main__ import main
 from benchmarks.cases import device
 from benchmarks.context import RESULTS, ROOT, Context, real_sizes, rehearsal_sizes
-from benchmarks.reckoning import (
-    append_products,
-    candidate_work,
-    decode_products,
-    ffn_work,
-    history_work,
-    linear_work,
-    prefill_products,
-    windows,
-)
+from benchmarks.reckoning import append_products, decode_products, prefill_products, windows
 from benchmarks.suites import suite_of
 from onetrans.bench import runner as runners
 from onetrans.bench.competition import compare, compare_programs
 from onetrans.bench.processes import run_within
-from onetrans.bench.rates import Rates, Work, work_of
+from onetrans.bench.rates import Rates, Work, candidate_work, ffn_work, history_work, linear_work, work_of
 from onetrans.bench.runner import LostContextError, Measure, Options, Runner, chosen
 from onetrans.bench.suite import Outcome, Row, new_suite, read_suite
 from onetrans.bench.tests import read_report

@@ -29,16 +29,13 @@ FLOOR = "sum over products of max(FLOP / rate, bytes / bandwidth)"
 Arrays = dict[str, NDArray[Any]]
 
 
-def _prepared(context: Context) -> tuple[OneUser, int, list[int]]:
-    """A user with a full history, prefilled; its events, and its windows' lengths."""
-    events = preset(LARGE).max_history
+def _prepared(context: Context) -> tuple[OneUser, ModelConfig, int, list[int]]:
+    """A user with a full history, prefilled; the model, the user's events, and its windows' lengths."""
+    config = preset(LARGE)
+    events = config.max_history
     user = one_user(context.ranker(LARGE), events, CANDIDATES, slots=1)
     user.prefill(0, events)()
-    return user, events, user.pool.lengths(0).tolist()
-
-
-def _config(user: OneUser) -> ModelConfig:
-    return ModelConfig.from_json(user.manifest.model)
+    return user, config, events, user.pool.lengths(0).tolist()
 
 
 def _work(products: Sequence[Product]) -> Work:
@@ -47,10 +44,10 @@ def _work(products: Sequence[Product]) -> Work:
 
 def decode_vs_matmul(context: Context) -> Outcome:
     """Decode of 100 candidates against its MatMuls, in turn, in the same process."""
-    user, events, lengths = _prepared(context)
-    products = decode_products(_config(user), lengths, CANDIDATES)
+    user, config, events, lengths = _prepared(context)
+    products = decode_products(config, lengths, CANDIDATES)
     floor = context.machine.in_sequence(_work(products))
-    between = decode_pointwise_bytes(_config(user), lengths, CANDIDATES) / context.machine.copy
+    between = decode_pointwise_bytes(config, lengths, CANDIDATES) / context.machine.copy
     prediction = 1 + between / floor
     context.progress(f"predicted: floor {1e3 * floor:.0f} ms, ratio {prediction:.2f}, target {DECODE_TARGET}")
     runs: dict[str, Any] = {"decode": user.decode, "matmul": Floor(products, threads=context.threads).run}
@@ -68,10 +65,10 @@ def decode_vs_matmul(context: Context) -> Outcome:
 
 def prefill_vs_matmul(context: Context) -> Outcome:
     """Prefill of a full history against its MatMuls, with attention over whole windows and over visible pairs alone."""
-    user, events, lengths = _prepared(context)
-    whole, visible = (prefill_products(_config(user), lengths, visible_only=only) for only in (False, True))
+    user, config, events, lengths = _prepared(context)
+    whole, visible = (prefill_products(config, lengths, visible_only=only) for only in (False, True))
     floors = {n: context.machine.in_sequence(_work(p)) for n, p in (("windows", whole), ("visible", visible))}
-    between = prefill_pointwise_bytes(_config(user), lengths) / context.machine.copy
+    between = prefill_pointwise_bytes(config, lengths) / context.machine.copy
     predictions = {name: (floors["windows"] + between) / floor for name, floor in floors.items()}
     context.progress(
         f"predicted: floor {1e3 * floors['windows']:.0f} ms, ratio {predictions['windows']:.2f}, target"
@@ -119,11 +116,11 @@ def _done(
 
 def request_vs_unsplit(context: Context) -> Outcome:
     """The whole request against one whole forward per candidate, and against one that takes all candidates at once."""
-    user, events, lengths = _prepared(context)
+    user, config, events, lengths = _prepared(context)
 
     def floor(candidates: int) -> float:
-        of_user = prefill_products(_config(user), lengths, visible_only=False)
-        of_candidates = decode_products(_config(user), lengths, candidates)
+        of_user = prefill_products(config, lengths, visible_only=False)
+        of_candidates = decode_products(config, lengths, candidates)
         return context.machine.in_sequence(_work([*of_user, *of_candidates]))
 
     prediction = CANDIDATES * floor(1) / floor(CANDIDATES)

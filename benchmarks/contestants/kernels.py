@@ -19,10 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.reckoning import candidate_work, ffn_work, history_work, linear_work
 from onetrans import kernels
 from onetrans.bench.competition import OURS
-from onetrans.bench.rates import Work
+from onetrans.bench.rates import Work, candidate_work, ffn_work, history_work, linear_work
 
 SLOTS, SLOT = 4, 2
 EPS = 1e-6

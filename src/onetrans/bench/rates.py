@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from onetrans.precision import BY_NAME
 
+HALF = 2  # bytes of float16 and bfloat16
 BANDWIDTH_SHARE = 0.8  # of the copy's rate that a kernel is predicted to reach
 MATMUL_SHARE = 0.5  # of the large product's rate, likewise
 LAUNCH = 2e-6  # seconds that a kernel in a graph is predicted to take beyond its work
@@ -133,3 +134,38 @@ def work_of(products: Iterable[Product], dtype: str, *, activations: bool = Fals
         weight_bytes=nbytes * sum(p.right_values for p in products if p.weight),
         parts=parts,
     )
+
+
+def visible_pairs(queries: int, window: int) -> int:
+    """Pairs of the last `queries` tokens of a window and the tokens that each sees, itself included."""
+    first = window - queries + 1
+    return queries * (first + window) // 2
+
+
+def history_work(*, queries: int, window: int, heads: int, width: int) -> Work:
+    """history_attention of the last `queries` of `window` tokens, heads of `width`, over visible pairs."""
+    flops = 4 * heads * width * visible_pairs(queries, window)
+    return Work(flops=flops, bytes=HALF * heads * width * 2 * (queries + window))
+
+
+def candidate_work(*, candidates: int, positions: int, window: int, heads: int, width: int) -> Work:
+    """candidate_attention of one user's candidates over a window and their own causal blocks."""
+    pairs = positions * window + positions * (positions + 1) // 2
+    moved = 4 * positions * candidates + 2 * window
+    return Work(flops=4 * heads * width * candidates * pairs, bytes=HALF * heads * width * moved)
+
+
+def linear_work(*, positions: int, rows: int, inner: int, columns: int, gain: bool, residual: bool) -> Work:
+    """mixed_linear."""
+    weights = positions * inner * columns + (inner if gain else 0)
+    moved = positions * rows * (inner + columns * (2 if residual else 1))
+    flops = 2 * positions * rows * inner * columns
+    return Work(flops=flops, bytes=HALF * (moved + weights), weight_bytes=HALF * weights)
+
+
+def ffn_work(*, positions: int, rows: int, inner: int, hidden: int) -> Work:
+    """mixed_ffn without a gate, its hidden columns never in device memory."""
+    weights = 2 * positions * inner * hidden + inner
+    moved = 2 * positions * rows * inner + weights
+    flops = 4 * positions * rows * inner * hidden
+    return Work(flops=flops, bytes=HALF * moved, weight_bytes=HALF * weights)

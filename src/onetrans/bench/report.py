@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,14 @@ def origin(environment: dict[str, Any]) -> str:
     memory = environment["memory_bytes"] / 2**30
     machine = f"{environment['cpu']}, {environment['cores']} cores, {memory:.0f} GiB"
     return f"{machine}; {commit}; {environment['date'][:10]}."
+
+
+def gpu_origin(where: Mapping[str, Any]) -> str:
+    """Device, versions, commit and date in one line."""
+    commit = (where["commit"] or "no checkout")[:12] + (" with changes" if where["dirty"] else "")
+    gpu, versions = where["gpu"], where["libraries"]
+    told = f"torch {versions['torch']}, CUDA {gpu['cuda']}, Triton {versions['triton']}"
+    return f"one {gpu['name']}, {told}; {commit}; {where['date'][:10]}."
 
 
 def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
