@@ -14,31 +14,19 @@ import click
 from benchmarks.suites import SUITES
 from onetrans.errors import ConfigError, OneTransError
 
-PATH, SECONDS = click.Path(path_type=Path), click.FloatRange(min=1)
+KIND = click.Choice(SUITES)
+PATH, SECONDS, WHOLE = click.Path(path_type=Path), click.FloatRange(min=1), click.IntRange(min=1)
 
 
 @click.command(epilog="Example: python -m benchmarks --suite gpu --only decode --output run")
-@click.option(
-    "--suite",
-    "name",
-    type=click.Choice(SUITES),
-    default="cpu",
-    show_default=True,
-    help="Measure on this suite's device.",
-)
-@click.option(
-    "--only", multiple=True, metavar="NAME", help="Take only these measures: a name, its beginning, a pattern."
-)
+@click.option("--suite", "name", type=KIND, default="cpu", show_default=True, help="Take this suite's measures.")
+@click.option("--only", multiple=True, metavar="NAME", help="Take only these: a name, its beginning, a pattern.")
 @click.option("--list", "listed", is_flag=True, help="Name the measures and what each should take, and end.")
 @click.option("--fresh", is_flag=True, help="Measure again what the record holds already.")
 @click.option("--quick", is_flag=True, help="Take few samples, for a look; needs --output, since these are not kept.")
 @click.option("--budget", type=SECONDS, help="Start no measure after so many seconds.  [default: 450 of gpu]")
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of every CPU engine."
-)
-@click.option(
-    "--work", type=PATH, help="Keep bundles, graphs and compiled kernels here.  [default: a temporary folder]"
-)
+@click.option("--threads", type=WHOLE, default=2, show_default=True, help="Let CPU engines use so many threads.")
+@click.option("--work", type=PATH, help="Keep bundles and compiled kernels here.  [default: a temporary folder]")
 @click.option("--output", type=PATH, help="Write record, log and tuned table here.  [default: benchmarks/results]")
 @click.option("--tune", is_flag=True, help="Time launch configurations, and keep those that win in the tuned table.")
 @click.option("--rehearse", is_flag=True, help="Run the gpu suite's code on the CPU at tiny sizes, and keep nothing.")

@@ -58,9 +58,8 @@ class Sizes:
 def real_sizes(name: str) -> Sizes:
     """Sizes of a preset, as the targets are stated."""
     config, many = preset(name), (1, 100, 500, 2000)
-    return Sizes(
-        config=config, history=config.max_history, prefill=1190, before=1100, new=8, candidates=many, request=100
-    )
+    history = config.max_history
+    return Sizes(config=config, history=history, prefill=1190, before=1100, new=8, candidates=many, request=100)
 
 
 def rehearsal_sizes(name: str) -> Sizes:
