@@ -20,8 +20,8 @@ from onetrans.bench.suite import Outcome
 from onetrans.bench.user import OneUser, agree, one_user
 from onetrans.errors import JobError
 from onetrans.features.random_requests import first_events, random_request
-from onetrans.runtime.cache.lookup import Held
-from onetrans.runtime.cache.spill import SpillFile
+from onetrans.runtime.cache.lookup import CacheEntry
+from onetrans.runtime.cache.offload import OffloadFile
 from onetrans.runtime.manifest import WEIGHTS_FILE
 from onetrans.runtime.ranker import Ranker
 from onetrans.runtime.tensors import read_tensors
@@ -208,11 +208,11 @@ def _tier_costs(user: OneUser, events: int, context: Context) -> tuple[dict[str,
     runs["host"] = lambda: pool.write(1, state)
     seconds = in_turn(runs, rounds=context.rounds(TIER_ROUNDS))
     error, key, size = 0.0, ("", "user"), 2 * user.manifest.bytes_per_user
-    entry = Held(slot=0, tokens=events, events=b"", context=b"")
+    entry = CacheEntry(slot=0, tokens=events, events=b"", context=b"")
     for name, precision in (("disk", "same"), ("disk, float16", "float16")):
         seconds[name] = []
-        with tempfile.TemporaryDirectory(prefix="onetrans-spill-") as folder:
-            file = SpillFile(user.manifest, Path(folder), size, precision)  # type: ignore[arg-type]
+        with tempfile.TemporaryDirectory(prefix="onetrans-offload-") as folder:
+            file = OffloadFile(user.manifest, Path(folder), size, precision)
             for _ in range(context.rounds(TIER_ROUNDS)):
                 file.put(key, entry, state)
                 os.fsync(file.descriptor)

@@ -16,7 +16,7 @@ from onetrans.errors import ConfigError
 from onetrans.features.requests import Request
 from onetrans.runtime.ranker import Ranker
 
-COMPONENTS = ("encode", "load", "prefill", "append", "decode", "drift", "spill", "whole")
+COMPONENTS = ("encode", "load", "prefill", "append", "decode", "drift", "offload", "whole")
 REQUESTS = 200
 WARMUP = 10
 SPINNING = 0.06  # seconds; ONNX Runtime's workers were seen to spin for 0.042 s after a run

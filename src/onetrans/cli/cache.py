@@ -10,9 +10,8 @@ import click
 
 from onetrans.cli.options import ABOVE_0, Choice, folder_option, typed_options
 from onetrans.errors import ConfigError
-from onetrans.runtime.cache.config import CacheConfig, parse_bytes
+from onetrans.runtime.cache.config import OFFLOAD_PRECISIONS, CacheConfig, parse_bytes
 from onetrans.runtime.cache.lookup import Reuse
-from onetrans.runtime.cache.spill import SpillPrecision
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
@@ -32,16 +31,8 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2
 
 SIZE = Size()
 
-# Option to field of `CacheConfig`.
-FIELDS = {
-    "state_memory": "state_memory",
-    "ttl": "ttl",
-    "reuse": "reuse",
-    "offload": "spill",
-    "offload_memory": "spill_memory",
-    "offload_precision": "spill_precision",
-}
-DEFAULTS = {option: getattr(CacheConfig, field) for option, field in FIELDS.items()}
+FIELDS = ("state_memory", "ttl", "reuse", "offload", "offload_memory", "offload_precision")
+DEFAULTS = {field: getattr(CacheConfig, field) for field in FIELDS}
 
 OPTIONS = (
     click.option(
@@ -74,7 +65,7 @@ OPTIONS = (
     ),
     click.option(
         "--offload-precision",
-        type=Choice(get_args(SpillPrecision)),
+        type=Choice(OFFLOAD_PRECISIONS),
         default=DEFAULTS["offload_precision"],
         show_default=True,
         help="The precision of offloaded states: that of the bundle, or float16, which takes half the space of float32"
@@ -88,7 +79,7 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def with_cache(*args: Any, **kwargs: Any) -> Any:
-        values = {option: kwargs.pop(option) for option in FIELDS}
+        values = {field: kwargs.pop(field) for field in FIELDS}
         return command(*args, cache=_config(values), **kwargs)
 
     for option in reversed(OPTIONS):
@@ -103,4 +94,4 @@ def _config(values: dict[str, Any]) -> CacheConfig | None:
         return None
     if (values["offload"] is None) != (not values["offload_memory"]):
         raise ConfigError("--offload names a folder and --offload-memory its bytes; give both or neither")
-    return CacheConfig(**{FIELDS[option]: value for option, value in values.items() if value is not None})
+    return CacheConfig(**{field: value for field, value in values.items() if value is not None})

@@ -13,12 +13,13 @@ from rich.table import Table
 from onetrans.cli.cache import cache_options
 from onetrans.cli.console import bundle_json, print_json, print_table, stderr
 from onetrans.cli.options import FROM_1, Verb, bundle_argument, device_option, file_option, json_option, threads_option
-from onetrans.errors import DataError, OutputExistsError
+from onetrans.errors import OutputExistsError
 from onetrans.features.requests import Request, read_requests
 from onetrans.files import write_new_text
 from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.cache.config import CacheConfig
-from onetrans.runtime.ranker import Ranker, Scores
+from onetrans.runtime.ranker import Ranker
+from onetrans.runtime.scores import Scores
 
 
 @click.command(
@@ -72,15 +73,8 @@ def score_command(
         raise OutputExistsError(f"{output} exists already; name another path or remove it")
     ranker = Ranker.open(bundle, device=device, options=BackendOptions(threads=threads), cache=cache)
     requests = read_requests(source, ranker.bundle.manifest.schema)[:limit]
-    scored = []
-    for index, request in enumerate(track(requests, "scoring", console=stderr(), disable=len(requests) < 20)):
-        try:
-            scores = ranker.rank(
-                history=request.history, profile=request.profile, candidates=request.candidates, user=request.user
-            )
-        except DataError as error:
-            raise DataError(f"{source}, request {request.request or index}: {error}") from error
-        scored.append((request, scores))
+    shown = track(requests, "scoring", console=stderr(), disable=len(requests) < 20)
+    scored = [(request, ranker.rank_batch([request])[0]) for request in shown]
     result = {"bundle": bundle_json(ranker.bundle), "requests": [_plain(*s) for s in scored]}
     if output is not None:
         write_new_text(output, json.dumps(result) + "\n")

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from onetrans.runtime.bundle import Bundle
     from onetrans.runtime.cache.config import CacheConfig
     from onetrans.runtime.metrics import Metrics
-    from onetrans.runtime.ranker import Ranker, Scores
+    from onetrans.runtime.ranker import Ranker
+    from onetrans.runtime.scores import Scores
 
 __all__ = [
     "BackendOptions",
@@ -50,7 +51,7 @@ _HOMES = {
     "Metrics": "onetrans.runtime.metrics",
     "Ranker": "onetrans.runtime.ranker",
     "Request": "onetrans.features.requests",
-    "Scores": "onetrans.runtime.ranker",
+    "Scores": "onetrans.runtime.scores",
 }
 
 
