@@ -30,12 +30,12 @@ lint: $(VENV)/.installed  ## ruff, mypy strict, import rules
 
 install: $(VENV)/.installed
 
-bench: $(VENV)/.installed  ## measure everything in benchmarks/, then write the README's table
-	PYTHONSAFEPATH= $(BIN)/python -m benchmarks.cpu
+bench: $(VENV)/.installed  ## measure everything of the CPU suite, then write docs/benchmarks.md and the README's figures
+	PYTHONSAFEPATH= $(BIN)/python -m benchmarks --suite cpu
 	PYTHONSAFEPATH= $(BIN)/python -m benchmarks.report
 
 gpu:  ## test and measure on this machine's GPU, with the torch and Triton that $(PYTHON) has; resumes
-	PYTHONSAFEPATH= PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
+	PYTHONSAFEPATH= PYTHONPATH=src $(PYTHON) -m benchmarks --suite gpu
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,135 +1,173 @@
-"""What measures share: the work folder with its bundles, subprocesses, and the machine's rates."""
+"""The one context of a run: device, timer, rates, work folder, and what is made once for all measures.
+
+This is where measures meet export and runtime: bundles, rankers, adapters and captured programs come from here.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.reckoning import Machine, measure_machine
+from onetrans.bench.environment import cpu_model, gpu_state, libraries
+from onetrans.bench.processes import answering, last_line, measure_process
+from onetrans.bench.rates import Rates
+from onetrans.bench.record import files_hash
+from onetrans.bench.runner import Measure, Options, Suite
 from onetrans.errors import JobError
+from onetrans.model.config import ModelConfig
+from onetrans.model.presets import preset
+from onetrans.parity.cases import read_cases
+from onetrans.parity.comparison import CaseResult
+from onetrans.parity.verify import check, verify
+from onetrans.runtime.backends.base import BackendOptions
+from onetrans.runtime.cache.config import CacheConfig
+from onetrans.runtime.ranker import Ranker
+
+if TYPE_CHECKING:
+    from onetrans.bench.timing import Timer
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 SEED = 0
+LARGE, SMALL = "onetrans-s", "tiny"  # the model that CPU targets are stated for, and a small one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
-    """An export in a process of its own: wall seconds, most resident bytes, and the bundle."""
+class Sizes:
+    """What is measured of a model on a GPU."""
 
-    seconds: float
-    peak_bytes: int
-    bundle: Path
+    config: ModelConfig
+    history: int  # events that kernels see in a fresh prefill
+    prefill: int  # events of the prefill program
+    before: int  # events of the state that an append meets
+    new: int  # events of an append
+    candidates: tuple[int, ...]  # C of every decode
+    request: int  # C of the whole request and of the targets
 
 
-@dataclass(frozen=True, kw_only=True)
+def real_sizes(name: str) -> Sizes:
+    """Sizes of a preset, as the targets are stated."""
+    config, many = preset(name), (1, 100, 500, 2000)
+    history = config.max_history
+    return Sizes(config=config, history=history, prefill=1190, before=1100, new=8, candidates=many, request=100)
+
+
+def rehearsal_sizes(name: str) -> Sizes:
+    """Small enough for the interpreter, under the name of the preset."""
+    config = dataclasses.replace(preset(SMALL), name=name)
+    return Sizes(config=config, history=70, prefill=70, before=66, new=2, candidates=(1, 3), request=3)
+
+
+@dataclass(kw_only=True)
 class Context:
-    """Of one run of a suite.
+    """The context of one run of a suite."""
 
-    Attributes:
-        work: Folder for bundles and graphs, outside the repository.
-        source: Names the state of the source, so that a kept work folder holds nothing stale.
-        threads: Of every engine.
-        quick: Few samples.
-        large: Preset of the model that targets are stated for.
-        progress: Takes a line for the reader.
-    """
-
-    work: Path
-    source: str
-    threads: int
-    quick: bool
-    progress: Callable[[str], None]
-    large: str = "onetrans-s"
-    small: str = "tiny"
+    work: Path  # folder for bundles and graphs, outside the repository
+    source: str = "source"  # names the state of the source, so that a kept work folder holds nothing stale
+    progress: Callable[[str], None] = field(default=lambda line: None)  # takes a line for the reader
+    left: Callable[[], float] = field(default=lambda: float("inf"))  # seconds that are left
+    threads: int = 2  # of every CPU engine
+    quick: bool = False  # few samples
+    device: str = "cpu"  # where torch computes: `cpu` or `cuda`
+    rehearse: bool = False  # GPU measures at tiny sizes on the CPU, nothing compiled
+    rates: Rates | None = None  # the GPU's; None until measured
+    programs: dict[tuple[str, str], Any] = field(default_factory=dict)  # captured, by model and dtype
+    artefacts: Path | None = None  # where compiled kernels are kept
 
     def rounds(self, full: int) -> int:
         """Rounds to measure."""
         return 5 if self.quick else full
 
-    def place(self, name: str) -> Path:
+    def sizes(self, model: str) -> Sizes:
+        """What is measured of a model on a GPU."""
+        return rehearsal_sizes(model) if self.rehearse else real_sizes(model)
+
+    @functools.cached_property
+    def timer(self) -> Timer:
+        """The device's timer."""
+        from onetrans.bench.timing import CudaTimer, HostTimer
+
+        return CudaTimer() if self.device == "cuda" else HostTimer()
+
+    @functools.cached_property
+    def machine(self) -> Rates:
+        """The CPU's rates, measured once."""
+        from onetrans.bench.floor import measure_cpu
+
+        self.progress("measuring the machine's rates")
+        return measure_cpu(self.threads)
+
+    @property
+    def limits(self) -> Rates:
+        """The GPU's rates."""
+        if self.rates is None:
+            raise JobError("the device's ceilings are not in the record; measure `ceilings` first")
+        return self.rates
+
+    def compile(self, function: Any, *, mode: str | None = None, dynamic: bool = False) -> Any:
+        """torch.compile; in a rehearsal traced, and run without generated code."""
+        import torch
+
+        backend = {"backend": "aot_eager"} if self.rehearse else {"mode": mode}
+        return torch.compile(function, dynamic=dynamic, fullgraph=True, **backend)
+
+    def path(self, name: str) -> Path:
         """A path in the work folder for this state of the source."""
         folder = self.work / self.source
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
-    def bundle(self, preset: str) -> Path:
+    def bundle(self, model: str) -> Path:
         """The preset's bundle with random weights, exported when first needed."""
-        path = self.place(preset)
+        path = self.path(model)
         if not path.exists():
-            self.progress(f"exporting {preset}")
-            self.export(preset, path)
+            self.progress(f"exporting {model}")
+            self.export(model, path)
         return path
 
-    def export(self, preset: str, output: Path) -> Exported:
-        """Exports in a process of its own, with the command a user would type."""
-        options = ("--preset", preset, "--random-weights", "--seed", str(SEED), "--output", str(output))
-        seconds, peak = _measure_process([sys.executable, "-m", "onetrans.cli.main", "export", *options])
-        return Exported(seconds=seconds, peak_bytes=peak, bundle=output)
+    def export(self, model: str, output: Path) -> tuple[float, int]:
+        """Exports with the command a user would type, in a process of its own; wall seconds and most resident bytes."""
+        options = ("--preset", model, "--random-weights", "--seed", str(SEED), "--output", str(output))
+        return measure_process([sys.executable, "-m", "onetrans.cli.main", "export", *options], ROOT, environment())
 
-    def module(self, name: str, arguments: Sequence[str], text: str = "") -> Any:
-        """Runs a module of this folder in a process of its own, and gives the JSON that it prints."""
+    def ranker(self, model: str, *, threads: int | None = None, states: int = 0) -> Ranker:
+        """The preset's bundle opened; with memory for so many users' states where any are to be kept."""
+        path, options = self.bundle(model), BackendOptions(threads=threads or self.threads)
+        ranker = Ranker.open(path, options=options)
+        if not states:
+            return ranker
+        memory = states * ranker.bundle.manifest.bytes_per_user
+        return Ranker.open(path, options=options, cache=CacheConfig(state_memory=memory))
+
+    def verified(self, ranker: Ranker) -> list[CaseResult]:
+        """How far a bundle's scores are from the reference; no speed comes from one that is too far."""
+        results = verify(ranker.backend, read_cases(ranker.bundle))
+        check(results)
+        return results
+
+    def module(self, name: str, arguments: Sequence[str], text: str) -> Any:
+        """Runs a module in a process of its own with a text as its input, and gives the JSON that it prints."""
+        command = [sys.executable, "-m", name, *arguments]
         done = subprocess.run(
-            [sys.executable, "-m", name, *arguments],
-            input=text,
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=environment(),
-            check=False,
+            command, input=text, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False
         )
         if done.returncode:
-            raise JobError(f"{name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            raise JobError(f"{name} failed: {last_line(done.stderr)}")
         return json.loads(done.stdout)
 
-    @contextlib.contextmanager
-    def server(self, name: str, arguments: Sequence[str]) -> Iterator[Callable[[str], str]]:
-        """Runs a module of this folder that answers each line with a line; gives the function that asks it."""
-        with (
-            tempfile.TemporaryFile(mode="w+") as errors,
-            subprocess.Popen(
-                [sys.executable, "-m", name, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                bufsize=1,
-                cwd=ROOT,
-                env=environment(),
-            ) as process,
-        ):
-
-            def ask(line: str) -> str:
-                assert process.stdin is not None
-                assert process.stdout is not None
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write(line + "\n")
-                    process.stdin.flush()
-                answer = process.stdout.readline()
-                if not answer:
-                    errors.seek(0)
-                    raise JobError(f"{name} failed: {(errors.read().strip().splitlines() or ['no message'])[-1]}")
-                return answer
-
-            try:
-                yield ask
-            finally:
-                process.terminate()
-
-    @functools.cached_property
-    def machine(self) -> Machine:
-        """The rates that predictions rest on, measured once."""
-        self.progress("measuring the machine's rates")
-        return measure_machine(self.threads)
+    def server(self, name: str, arguments: Sequence[str]) -> AbstractContextManager[Callable[[str], str]]:
+        """A module in a process of its own that answers each line with a line: the function that asks it."""
+        return answering([sys.executable, "-m", name, *arguments], ROOT, environment())
 
 
 def environment() -> dict[str, str]:
@@ -138,22 +176,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-def _measure_process(command: Sequence[str]) -> tuple[float, int]:
-    """Wall seconds and most resident bytes of a process.
-
-    Raises:
-        JobError: It failed.
-    """
-    with tempfile.TemporaryFile(mode="w+") as errors:
-        began = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=errors, stdin=subprocess.DEVNULL
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            message = (errors.read().strip().splitlines() or ["no message"])[-1]
-            raise JobError(f"{' '.join(command[1:])} failed: {message}")
-    return seconds, usage.ru_maxrss * 1024
+def measure_key(suite: Suite, options: Options, measure: Measure) -> dict[str, Any]:
+    """What must be equal for a held measure to stand; the table of tuned launch configurations is no part of it."""
+    source = ROOT / "src" / "onetrans"
+    paths = {path for path in source.rglob("*.py") if path.relative_to(source).parts[0] not in ("cli", "sizing")}
+    file = importlib.import_module(measure.module).__file__
+    assert file is not None
+    paths.add(Path(file))
+    if suite.needs[:1] == (measure.name,):
+        paths |= {*(ROOT / "parity_tests").glob("test_triton_*.py"), ROOT / "parity_tests" / "triton_device.py"}
+    return {
+        "source_sha256": files_hash(ROOT, paths),
+        "quick": options.quick,
+        "threads": None if suite.gpu else options.threads,
+        "device": (gpu_state().get("name") or "rehearsal") if suite.gpu else cpu_model(),
+        "libraries": libraries(),
+    }

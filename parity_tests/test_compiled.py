@@ -26,15 +26,15 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_kernel_compiles_for_every_architecture_and_has_no_fault(tmp_path: Path) -> None:
-    command = ("-m", "benchmarks.compiled", "--json", "--artefacts", str(tmp_path / "kernels"))
-    done = run(*command, "--model", "onetrans-s", "--model", "onetrans-l", "--dtype", "bf16")
+    command = ("-m", "benchmarks", "--suite", "compiled", "--json", "--artefacts", str(tmp_path / "kernels"))
+    done = run(*command, "--output", str(tmp_path), "--only", "onetrans-s/bf16", "--only", "onetrans-l/bf16")
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout)
-    assert report["faults"] == []
-    variants = report["variants"]
-    assert {(row["model"], row["capability"]) for row in variants} == {
-        (model, capability) for model in ("onetrans-s", "onetrans-l") for capability in (80, 90, 100)
-    }
+    measures = json.loads(done.stdout)["measures"]
+    assert set(measures) == {f"{m}/bf16/sm_{arch}" for m in ("onetrans-s", "onetrans-l") for arch in (80, 90, 100)}
+    assert all(row["value"] == 0 for m in measures.values() for row in m["rows"] if row["name"].endswith("faults"))
+    assert not any(measure.get("failed") for measure in measures.values())
+    assert all(len(measure["tuned_sha256"]) == 64 for measure in measures.values())
+    variants = [figure for measure in measures.values() for figure in measure["figures"]]
     entries = {"mixed_linear", "mixed_ffn", "history_attention", "candidate_attention"}
     entries |= {"candidate_fold", "queried_rows"}
     for capability in (80, 90, 100):
@@ -59,16 +59,14 @@ def test_every_kernel_compiles_for_every_architecture_and_has_no_fault(tmp_path:
 
 COUNT = """
 import itertools, torch
-from benchmarks.compiled import launched, models, programs
+from benchmarks.cases.compiled import launched, lowered_model
 from onetrans.kernels.launch.config import Device
 
 for name in ("onetrans-s", "onetrans-l"):
-    config = models()[name]
-    lowered = programs(config, torch.bfloat16)
-    device = Device(capability=90)
-    few = launched(config, lowered, torch.bfloat16, device)
+    model, device = lowered_model(name, torch.bfloat16), Device(capability=90)
+    few = launched(model, device)
     sizes = [*itertools.product((1, 2, 5), (1, 7, 100, 501), (1, 63, 64, 200)), (1, 2000, 90)]
-    many = launched(config, lowered, torch.bfloat16, device, sizes)
+    many = launched(model, device, sizes)
     print(name, len(few), len(many), {v.name for v in few} == {v.name for v in many})
 """
 
@@ -83,13 +81,7 @@ def test_the_number_of_variants_does_not_depend_on_the_requests() -> None:
     assert len(done.stdout.splitlines()) == 2
 
 
-def test_an_unknown_model_is_refused() -> None:
-    done = run("-m", "benchmarks.compiled", "--model", "onetrans-xl")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("Error: unknown model onetrans-xl; allowed: tiny, onetrans-s")
-
-
 def test_interpreted_kernels_cannot_be_compiled() -> None:
-    done = run("-m", "benchmarks.compiled", TRITON_INTERPRET="1")
+    done = run("-m", "benchmarks", "--suite", "compiled", TRITON_INTERPRET="1")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("Error: TRITON_INTERPRET is set")
+    assert done.stderr.splitlines()[-1].startswith("error: TRITON_INTERPRET is set")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,87 +11,45 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import run as runner
-from benchmarks.gpu import tune as tuner
-from benchmarks.gpu.catalogue import Measure, measures
-from benchmarks.gpu.measure import LostContextError, Outcome, real_sizes, rehearsal_sizes
-from benchmarks.gpu.parity import compare, compare_programs
-from benchmarks.gpu.parity_run import read_report, run_within
-from benchmarks.gpu.reckoning import (
-    Ceilings,
-    Work,
-    append_work,
-    candidate_work,
-    decode_work,
-    ffn_work,
-    history_work,
-    linear_work,
-    prefill_work,
-    windows,
-)
-from benchmarks.gpu.table import gpu_markdown
-from benchmarks.gpu.timing import HostTimer
-from benchmarks.measure import Row
-from benchmarks.suite import new_suite, read_suite
-from onetrans.errors import ConfigError, DataError, JobError, ParityError
+from benchmarks import report, tuning
+from benchmarks.__main__ import main
+from benchmarks.cases import device
+from benchmarks.context import RESULTS, ROOT, Context, real_sizes, rehearsal_sizes
+from benchmarks.reckoning import append_products, decode_products, prefill_products, windows
+from benchmarks.suites import suite_of
+from onetrans.bench import runner as runners
+from onetrans.bench.competition import compare, compare_programs
+from onetrans.bench.processes import run_within
+from onetrans.bench.rates import Rates, Work, candidate_work, ffn_work, history_work, linear_work, work_of
+from onetrans.bench.runner import LostContextError, Measure, Options, Runner, chosen
+from onetrans.bench.suite import Outcome, Row, new_suite, read_suite
+from onetrans.bench.tests import read_report
+from onetrans.errors import JobError, ParityError
 from onetrans.kernels.launch import Device, LaunchConfig, choose
 from onetrans.kernels.launch import table as launch_table
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-CEILINGS = {"ceilings": {"copy": 4e12, "matmul": {"bfloat16": 8e14, "float16": 8e14}, "launch": 1e-6}}
-
-
-def suite(*arguments, timeout=120):
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
-    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **hidden, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+RATES = {"copy": 4e12, "matmul": {"bfloat16": 8e14, "float16": 8e14}, "launch": 1e-6}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
 @pytest.mark.parametrize("arguments", [(), ("--tune",), ("--only", "ceilings")])
 def test_without_a_gpu_one_line_says_what_is_missing(arguments):
-    done = suite(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
+    done = CliRunner().invoke(main, ["--suite", "gpu", *arguments])
+    assert (done.exit_code, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: the GPU suite needs a CUDA device, and torch ")
     assert line.endswith("or try the suite's code with --rehearse")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--rehearse", "--only", "nonsense"), "error: no measure is called nonsense; --list names them"),
-        (
-            ("--rehearse", "--look"),
-            "error: --look needs --output FILE: what is timed although tests failed is not kept",
-        ),
-        (("--budget", "-1"), "Error: Invalid value for '--budget': -1.0 is not in the range x>=1."),
-    ],
-    ids=["only", "look", "budget"],
-)
-def test_a_wrong_argument_is_refused_in_one_line(arguments, message):
-    done = suite(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1] == message
-
-
 @pytest.mark.slow
 def test_a_rehearsal_runs_the_suites_code_and_keeps_nothing():
+    """In a process of its own, as on a GPU host: with the source on the path, nothing installed, nothing fused."""
     before = {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
     named = [
-        "ceilings",
         "append/onetrans-s/bfloat16",
         "prefill_compiled/onetrans-s/bfloat16",
         "mixed_ffn/onetrans-l/float16",
@@ -98,26 +57,36 @@ def test_a_rehearsal_runs_the_suites_code_and_keeps_nothing():
         "candidate_attention/onetrans-s/bfloat16",
         "candidate_flex/onetrans-s/float16",
     ]
-    done = suite("--rehearse", *(part for name in named for part in ("--only", name)))
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
+    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--suite", "gpu", "--rehearse", *(f"--only={name}" for name in named)],
+        cwd=ROOT,
+        env={**os.environ, **hidden, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    for name in named:
+    for name in ("ceilings", *named):
         assert f" {name}:" in done.stderr
     assert "skipped, since they need a GPU: sdpa-flash, sdpa-cudnn, sdpa-efficient" in done.stderr
     assert "cannot run" not in done.stderr
     assert "is not the reference's" not in done.stderr
-    for way in ("kernels", "eager", "sdpa-math", "expand + sdpa-math", "flex", "torch.compile reduce-overhead"):
-        assert f"{way} " in done.stderr
+    for name in ("kernels", "eager", "sdpa-math", "expand + sdpa-math", "flex", "torch.compile reduce-overhead"):
+        assert f"{name} " in done.stderr
     assert {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
 
 
 def test_what_is_asked_for_by_name():
-    known = measures()
-    assert [m.name for m in runner.chosen(("decode/onetrans-l",), known)] == [
+    known = suite_of("gpu").measures
+    assert [m.name for m in chosen(("decode/onetrans-l",), known)] == [
         "decode/onetrans-l/bfloat16",
         "decode/onetrans-l/float16",
     ]
-    assert {m.name for m in runner.chosen(("*/bfloat16",), known)} < set(known)
-    assert len(runner.chosen((), known)) == len(known)
+    assert {m.name for m in chosen(("*/bfloat16",), known)} < set(known)
+    assert len(chosen((), known)) == len(known) == 74
     assert list(known)[:3] == ["tests", "ceilings", "decode/onetrans-l/bfloat16"]
 
 
@@ -137,7 +106,7 @@ def test_operations_and_bytes_of_kernels():
 
 
 def test_floors_and_predictions():
-    limits = Ceilings(copy=1e3, matmul={"bfloat16": 1e6}, launch=1.0)
+    limits = Rates(copy=1e3, matmul={"bfloat16": 1e6}, launch=1.0)
     work = Work(flops=3_000_000, bytes=2000, weight_bytes=500)
     assert limits.floor(work, "bfloat16") == 3.0
     assert limits.weight_floor(Work(flops=1, bytes=9000, weight_bytes=500), "bfloat16") == 0.5
@@ -148,10 +117,11 @@ def test_floors_and_predictions():
 def test_programs_reckoned_as_the_issue_has_them():
     """Decode of OneTrans-L reads 0.5 GB of weights; prefill of S does 8 GFLOP or so, an append of 8 a hundredth."""
     small, large = (real_sizes(name).config for name in ("onetrans-s", "onetrans-l"))
-    decode = decode_work(large, 1190, 100)
+    decode = work_of(decode_products(large, windows(large, 1190), 100), "bfloat16")
     assert 0.48e9 < decode.weight_bytes < 0.53e9
     assert 0.06e12 < decode.flops < 0.08e12
-    prefill, append = prefill_work(small, 1190), append_work(small, 1100, 8)
+    prefill = work_of(prefill_products(small, windows(small, 1190), visible_only=True), "bfloat16")
+    append = work_of(append_products(small, 1100, 8), "bfloat16")
     assert 8e9 < prefill.flops < 9e9
     assert 0.008 < append.flops / prefill.flops < 0.015
     assert append.weight_bytes == prefill.weight_bytes
@@ -201,10 +171,6 @@ def stage(monkeypatch, tmp_path):
     """A suite of pretended measures: run(names of measures with what they take or raise, …) gives what was measured."""
     clock = Clock()
     tests = Outcome()
-    monkeypatch.setattr(runner, "check_device", lambda: None)
-    monkeypatch.setattr(runner, "CudaTimer", HostTimer)
-    monkeypatch.setattr(runner, "run_tests", lambda context, seconds: tests)
-    monkeypatch.setattr(runner, "key", lambda look: {"source": stage.source, "quick": look})
 
     def stage(plan, **options):
         done = []
@@ -215,17 +181,21 @@ def stage(monkeypatch, tmp_path):
                 if isinstance(takes, BaseException):
                     raise takes
                 clock.now += takes
-                row = Row(what=name, unit="ms", value=2.0, target=1.0)
-                return Outcome(rows=[row], figures=[CEILINGS] if name == "ceilings" else [])
+                facts = {"rates": RATES} if name == "ceilings" else {}
+                return Outcome(rows=[Row(name=name, unit="ms", value=2.0, target=1.0)], facts=facts)
 
-            seconds = takes if isinstance(takes, float) else 1.0
-            return Measure(name=name, seconds=seconds, run=go, alone=name.startswith("alone"))
+            parts = name.split("/")
+            concerns = {"name": name, "seconds": takes if isinstance(takes, float) else 1.0, "run": go}
+            if len(parts) == 3:
+                concerns |= {"concerns": tuple(parts[1].split("+")), "dtype": parts[2]}
+            return Measure(**concerns, alone=name.startswith("alone"))
 
         made = {name: measure(name, takes) for name, takes in {"ceilings": 1.0, **plan}.items()}
-        found = {"tests": Measure(name="tests", seconds=1.0, run=None), **made}
-        monkeypatch.setattr(runner, "measures", lambda: found)
-        given = runner.Options(output=tmp_path / "gpu.json", **options)
-        stage.status = runner.Runner(given, clock).run()
+        asked = Measure(name="tests", seconds=1.0, run=lambda context: dataclasses.replace(tests))
+        suite = dataclasses.replace(suite_of("gpu"), measures={"tests": asked, **made})
+        given = Options(output=tmp_path, **options)
+        context = Context(work=tmp_path)
+        stage.status = Runner(suite, given, context, lambda _: {"source_sha256": stage.source}, clock).run()
         return done
 
     stage.clock, stage.tests, stage.output, stage.source = clock, tests, tmp_path / "gpu.json", "a"
@@ -282,17 +252,56 @@ def test_a_measure_in_which_a_run_was_ended_comes_last_in_the_next(stage):
     assert "begun" not in read_suite(stage.output)
 
 
-def test_nothing_is_timed_where_the_tests_failed(stage):
+OPS = {"mixed_ffn/mixed_ffn/float16": 1.0, "mixed_linear/mixed_linear/float16": 1.0, "other": 1.0}
+OPS |= {"mixed_ffn/mixed_ffn/bfloat16": 1.0, "decode/mixed_ffn+mixed_linear+programs/float16": 1.0}
+
+
+def test_a_failing_test_leaves_what_it_concerns_without_figures_and_the_rest_is_timed(stage, capfd):
     stage.tests.failed = "pytest exited with 1"
-    with pytest.raises(JobError, match="the GPU tests failed, so nothing is timed: pytest exited with 1"):
-        stage({"one": 1.0})
-    assert list(read_suite(stage.output)["measures"]) == ["tests"]
-    assert stage({"one": 1.0}, look=True) == ["ceilings", "one"]
-    stage.tests.failed = "they should not run again"
-    assert stage({"two": 1.0}, look=True) == ["two"]
-    assert read_suite(stage.output)["measures"]["tests"]["failed"] == "pytest exited with 1"
-    with pytest.raises(DataError, match="is of a --look run"):
-        gpu_markdown(read_suite(stage.output))
+    stage.tests.facts["concerns"] = [("mixed_ffn", "float16", "test_triton_linear::test_mixed_ffn[torch.float16]")]
+    timed = ["ceilings", "mixed_linear/mixed_linear/float16", "other", "mixed_ffn/mixed_ffn/bfloat16"]
+    assert stage(OPS) == timed
+    assert stage.status == 1
+    found = read_suite(stage.output)["measures"]
+    assert set(found) == {"tests", "ceilings", *OPS}
+    for name in ("mixed_ffn/mixed_ffn/float16", "decode/mixed_ffn+mixed_linear+programs/float16"):
+        assert found[name]["rows"] == found[name]["figures"] == []
+        assert found[name]["failed"].startswith(
+            "not timed, since a GPU test failed: test_triton_linear::test_mixed_ffn"
+        )
+        assert f"failed: {name}: not timed" in capfd.readouterr().err or name.startswith("decode")
+    for name in timed:
+        assert found[name]["rows"][0]["value"] == 2.0
+    assert stage(OPS) == []  # the tests told what failed: they and the rest stand
+    stage.source, stage.tests.failed = "mended", ""
+    stage.tests.facts.clear()
+    assert stage(OPS) == [*timed, "mixed_ffn/mixed_ffn/float16", "decode/mixed_ffn+mixed_linear+programs/float16"]
+    assert stage.status == 0
+
+
+def test_no_kernel_is_timed_where_the_tests_did_not_end(stage):
+    stage.tests.failed = "the tests did not end within 450 s"
+    stage.tests.facts["concerns"] = [("", "", "the tests")]
+    assert stage(OPS) == ["ceilings", "other"]
+    stage.tests.failed = ""
+    stage.tests.facts.clear()
+    assert stage(OPS) == [name for name in OPS if name != "other"]  # the tests ran again
+
+
+@pytest.mark.parametrize(
+    ("test", "part", "dtype"),
+    [
+        ("parity_tests.test_triton_linear::test_mixed_ffn_fused[1-torch.float16]", "mixed_ffn", "float16"),
+        ("parity_tests.test_triton_linear::test_positions_that_lie_oddly", "mixed_linear mixed_ffn", ""),
+        ("parity_tests.test_triton_attention::test_tiles", "history_attention candidate_attention", ""),
+        ("parity_tests.test_triton_gpu::test_an_op[torch.bfloat16-mixed_linear]", "mixed_linear", "bfloat16"),
+        ("parity_tests.test_triton_target::test_scores[lowered0]", "programs", ""),
+        ("parity_tests.test_triton_new::test_something", "", ""),
+    ],
+)
+def test_what_a_failing_test_concerns(test, part, dtype):
+    assert device.concern(test) == (part, dtype, test)
+    assert set(part.split()) <= {name for m in suite_of("gpu").measures.values() for name in m.concerns}
 
 
 def test_a_lost_device_ends_the_run_and_what_was_measured_stays(stage):
@@ -306,34 +315,29 @@ def test_a_lost_device_ends_the_run_and_what_was_measured_stays(stage):
 def test_a_measure_in_a_process_of_its_own_is_kept_or_named_as_ended(stage, monkeypatch):
     calls = []
 
-    def pretend(command, seconds, printed):
+    def pretend(command, seconds, printed, folder):
         calls.append((command, seconds))
         printed.write_text("said")
         if len(calls) == 1:
             return None
         goal = Path(command[command.index("--alone") + 1])
-        goal.write_text(json.dumps({"key": {"source": "a", "quick": False}, "rows": []}))
+        goal.write_text(json.dumps({"key": {"source_sha256": "a"}, "rows": []}))
         return 0
 
-    monkeypatch.setattr(runner, "run_within", pretend)
+    monkeypatch.setattr(runners, "run_within", pretend)
     assert stage({"alone": 50.0}, budget=100.0) == ["ceilings"]
     held = read_suite(stage.output)["measures"]["alone"]
     assert held["failed"] == "ended after 119 s"
     assert stage({"alone": 50.0}, budget=100.0) == []
-    assert read_suite(stage.output)["measures"]["alone"] == {"key": {"source": "a", "quick": False}, "rows": []}
-    assert [command[1:5] for command, _ in calls] == [["-m", "benchmarks.gpu", "--only", "alone"]] * 2
-
-
-def test_look_needs_a_record_of_its_own():
-    with pytest.raises(ConfigError, match="--look needs --output FILE"):
-        runner.run(runner.Options(look=True))
+    assert read_suite(stage.output)["measures"]["alone"] == {"key": {"source_sha256": "a"}, "rows": []}
+    assert [command[1:7] for command, _ in calls] == [["-m", "benchmarks", "--suite", "gpu", "--only", "alone"]] * 2
 
 
 def test_a_process_is_ended_in_time(tmp_path):
     code = "import time; print('begun', flush=True); time.sleep(60)"
-    assert run_within([sys.executable, "-c", code], 2.0, tmp_path / "printed") is None
+    assert run_within([sys.executable, "-c", code], 2.0, tmp_path / "printed", tmp_path) is None
     assert (tmp_path / "printed").read_text() == "begun\n"
-    assert run_within([sys.executable, "-c", "raise SystemExit(3)"], 20.0, tmp_path / "printed") == 3
+    assert run_within([sys.executable, "-c", "raise SystemExit(3)"], 20.0, tmp_path / "printed", tmp_path) == 3
 
 
 def test_the_tests_report_is_counted(tmp_path):
@@ -347,33 +351,28 @@ def test_the_tests_report_is_counted(tmp_path):
     report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     counts, failures = read_report(report)
     assert counts == {"passed": 1, "failed": 2, "skipped": 1}
-    assert failures == ["a::two: 1 == 2", "a::four: "]
+    assert failures == [("a::two", "1 == 2"), ("a::four", "")]
     assert read_report(tmp_path / "absent.xml")[0]["passed"] == 0
 
 
-def test_the_readmes_table():
+def test_the_table_of_the_pages():
     record = new_suite("gpu")
     seconds = {"value": 2e-4, "low": 1.9e-4, "high": 2.1e-4}
     figures = [
-        {"case": "prefill of 3 events, s, float16", "contestant": way, "seconds": seconds, "floor": 1e-5}
-        for way in ("kernels", "eager")
+        {"case": "prefill of 3 events, s, float16", "contestant": name, "seconds": seconds, "floor": 1e-5}
+        for name in ("kernels", "eager")
     ]
-    row = {"unit": "ms", "value": 0.2, "low": None, "high": None, "prediction": 0.1, "at_least": False}
-    record["measures"]["prefill"] = {
-        "key": {"quick": False, "device": "A GPU", "torch": "2.11", "cuda": "13.0", "triton": "3.6"},
-        "environment": {"commit": None, "dirty": None, "date": "2026-11-22T00:00:00"},
-        "rows": [
-            {**row, "what": "prefill", "target": 0.3, "met": True},
-            {**row, "what": "x", "target": None, "met": None},
-        ],
-        "figures": figures,
-    }
-    text = gpu_markdown(record)
+    rows = [Row(name="prefill", unit="ms", value=0.2, target=0.3, prediction=0.1), Row(name="x", unit="ms", value=0.2)]
+    versions, gpu = {"torch": "2.11", "triton": "3.6"}, {"name": "A GPU", "cuda": "13.0"}
+    where = {"commit": None, "dirty": None, "date": "2026-11-22T00:00:00", "gpu": gpu, "libraries": versions}
+    entry = Outcome(rows=rows, figures=figures).plain()
+    record["measures"]["prefill"] = {"key": {"quick": False}, "environment": where, **entry}
+    text = "\n".join(report.gpu_lines(record))
     assert "| prefill | ≤ 0.3 ms | 0.1 ms | 0.2 ms | yes |" in text
     assert "| prefill of 3 events, s, float16 | 0.200 | 0.200 | 0.010 |" in text
     assert "| x |" not in text
     assert text.endswith(
-        "Measured on one A GPU, torch 2.11, CUDA 13.0, Triton 3.6; no checkout; 2026-11-22. Intervals are of 95%.\n"
+        "All measured on one A GPU, torch 2.11, CUDA 13.0, Triton 3.6; no checkout; 2026-11-22. Intervals are of 95%."
     )
 
 
@@ -399,36 +398,62 @@ def test_a_forced_configuration_is_chosen_while_it_is_forced():
 
 
 def test_every_problem_of_the_programs_is_tuned_once():
-    found = tuner.tasks(real_sizes)
+    found = tuning.tasks(real_sizes)
     names = [task.name for task in found]
     assert len(set(names)) == len(names)
-    assert {task.problem.op for task in found} == set(tuner.CONFIGS)
+    assert {task.problem.op for task in found} == set(tuning.OPS)
     assert {task.problem.dtype for task in found} == {"bfloat16", "float16"}
     assert all(task.cases for task in found)
 
 
-def test_a_winner_goes_into_the_tuned_table_and_a_loser_out_of_it(monkeypatch, tmp_path):
-    table = tmp_path / "tuned.json"
-    table.write_text("{}")
-    monkeypatch.setattr(launch_table, "TABLE", table)
-    monkeypatch.setattr(tuner, "CudaTimer", HostTimer)
-    monkeypatch.setattr(tuner, "device_of", lambda where: Device(capability=90, name="A GPU"))
-    monkeypatch.setattr(tuner, "device_name", lambda: "A GPU")
-    options = runner.Options(output=tmp_path / "gpu.json")
-    made = tuner.Tuner(options)
-    task = tuner.tasks(real_sizes)[0]
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Pretends that tensors lie on a GPU called so, for the choice of configurations."""
+    monkeypatch.setattr(tuning, "device_of", lambda where: Device(capability=90, name="A GPU"))
+
+
+def test_a_winner_goes_into_the_table_of_the_output_and_a_loser_out_of_it(on_a_gpu, tmp_path):
+    committed = launch_table.TABLE.read_bytes()
+    options = Options(output=tmp_path / "run", log=True)
     best = {"block_m": 64, "block_n": 32}
-    launch_table.tuned.cache_clear()
-    try:
+    with tuning.use_table(options, write=True) as path:
+        assert path == tmp_path / "run" / "tuned.json"
+        facts = suite_of("gpu").facts
+        before = facts()
+        made = tuning.Tuner(options)
+        task = tuning.tasks(real_sizes)[0]
         made.keep(task, {"won": True, "best": best})
-        where = json.loads(table.read_text())
         ops = {task.problem.op: {task.problem.dtype: {task.problem.key: best}}}
-        assert where == {"A GPU": {"capability": 90, "ops": ops}}
+        assert json.loads(path.read_text())["A GPU"] == {"capability": 90, "ops": ops}
         key = ("A GPU", task.problem.op, task.problem.dtype, task.problem.key)
         assert launch_table.tuned()[key] == LaunchConfig(**best)
+        assert facts() != before
         made.keep(task, {"won": False, "best": best})
         assert key not in launch_table.tuned()
-    finally:
-        launch_table.tuned.cache_clear()
-    held = read_suite(tmp_path / "gpu-tuning.json")["measures"]
+        made.keep(task, {"won": True, "best": best})
+    assert key not in launch_table.tuned()  # the committed table is in force again, and as it was
+    assert launch_table.TABLE.read_bytes() == committed
+    held = read_suite(tmp_path / "run" / "gpu-tuning.json")["measures"]
     assert list(held) == [task.name]
+    with tuning.use_table(options, write=False):  # a later run with this output measures with its table
+        assert launch_table.tuned()[key] == LaunchConfig(**best)
+
+
+def test_tuning_rehearsed_keeps_nothing(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(tuning, "REHEARSED", 1)
+    options = Options(output=tmp_path, rehearse=True, only=("mixed_linear",))
+    assert tuning.Tuner(options).run() == 0
+    assert "1.000 times faster than the default, kept as it is" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tuning_voids_no_held_measure_and_each_notes_its_table(stage, on_a_gpu, capfd):
+    plan = {"one": 1.0, "two": 1.0}
+    assert stage(plan, only=("one",)) == ["ceilings", "one"]
+    options = Options(output=stage.output.parent, log=True)
+    with tuning.use_table(options, write=True):
+        tuning.Tuner(options).keep(tuning.tasks(real_sizes)[0], {"won": True, "best": {"block_m": 64, "block_n": 32}})
+        assert stage(plan) == ["two"]
+    assert "3 of them have another tuned_sha256, which their entries note" in capfd.readouterr().err
+    found = read_suite(stage.output)["measures"]
+    assert found["one"]["tuned_sha256"] != found["two"]["tuned_sha256"]

@@ -73,7 +73,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from benchmarks.gpu.programs import place
+from onetrans.export.execute import on_device as place
 from onetrans.export.targets.triton import lower_program
 from onetrans.model.onetrans import OneTrans
 from parity_tests.configs import programs_of, small_config

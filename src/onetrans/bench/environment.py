@@ -14,7 +14,12 @@ from typing import Any
 import onetrans
 
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "onnx", "onnxscript", "safetensors", "triton")
-RESULTS = "benchmarks/results"  # what a suite writes, and so no change of what it measures
+WRITTEN = (
+    "benchmarks/results",
+    "docs/benchmarks.md",
+    "README.md",
+)  # what a suite writes, no change of what it measures
+ASKED = ("name", "driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")
 
 
 def environment() -> dict[str, Any]:
@@ -39,7 +44,7 @@ def source() -> dict[str, Any]:
     if top is None or Path(top.strip()) != root:  # installed as a wheel, maybe inside another project's checkout
         return {"commit": None, "dirty": None, "changes": None}
     commit = _git(root, "rev-parse", "HEAD")
-    paths = ("--", ".", f":(exclude){RESULTS}", ":(exclude)README.md")
+    paths = ("--", ".", *(f":(exclude){path}" for path in WRITTEN))
     status = _git(root, "status", "--porcelain", *paths) or ""
     changes = status + (_git(root, "diff", "HEAD", *paths) or "")
     return {
@@ -58,6 +63,34 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def gpu_state() -> dict[str, Any]:
+    """The current CUDA device: its size, and what nvidia-smi reads off it: clocks in MHz, °C, W; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found: dict[str, Any] = {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    query = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader,nounits"]
+    for one in (["-i", f"GPU-{getattr(properties, 'uuid', '')}"], []):
+        try:
+            done = subprocess.run([*query, *one], capture_output=True, text=True, timeout=20, check=False)
+            if done.returncode == 0 and done.stdout.strip():
+                values = map(str.strip, done.stdout.strip().splitlines()[0].split(","))
+                return found | dict(zip(ASKED, values, strict=True))
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            continue
+    return found
 
 
 def libraries() -> dict[str, str]:

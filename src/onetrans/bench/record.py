@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ from typing import Any
 from onetrans.bench.environment import environment
 from onetrans.bench.run import GARBAGE_COLLECTOR, Samples
 from onetrans.bench.stats import percentiles
-from onetrans.errors import DataError, JobError
+from onetrans.errors import DataError
+from onetrans.files import replace_text
 from onetrans.runtime.manifest import Manifest
 
 FORMAT = "onetrans-bench"
@@ -80,6 +78,15 @@ def config_hash(model: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(model, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def files_hash(root: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 over names and contents of files below a folder."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
 def command() -> list[str]:
     """The running command line, the program by its name alone."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
@@ -91,27 +98,16 @@ def write_json(path: str | Path, value: Any) -> None:
     Raises:
         JobError: The disk refused.
     """
-    path = Path(path)
-    unfinished: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(dumps(value))
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, path)
-    except OSError as error:
-        if unfinished is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(unfinished)
-        raise JobError(f"{path} could not be written: {error}") from error
+    replace_text(path, dumps(value))
 
 
-def read_record(path: str | Path, *, form: str = FORMAT, needed: tuple[str, ...] = NEEDED) -> Record:
+def read_record(
+    path: str | Path, *, form: str = FORMAT, version: int = VERSION, needed: tuple[str, ...] = NEEDED
+) -> Record:
     """Reads a record.
 
     Raises:
-        DataError: It is missing, no record of that format, too new or incomplete.
+        DataError: It is missing, no record of that format, of another version or incomplete.
     """
     path = Path(path)
     try:
@@ -122,8 +118,8 @@ def read_record(path: str | Path, *, form: str = FORMAT, needed: tuple[str, ...]
         raise DataError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != form:
         raise DataError(f"{path} is no record of format {form!r}; give one that a benchmark wrote")
-    if record.get("version") != VERSION:
-        raise DataError(f"{path} has version {record.get('version')!r}; this release reads {VERSION}")
+    if record.get("version") != version:
+        raise DataError(f"{path} has version {record.get('version')!r}; this release reads {version}")
     for key in needed:
         if key not in record:
             raise DataError(f"{path} lacks {key!r}; measure again")

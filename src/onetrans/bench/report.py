@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from onetrans.bench.plots import plot_latency
 from onetrans.bench.record import Record, read_record
-from onetrans.errors import OneTransError
+from onetrans.errors import DataError, OneTransError
 
 
 def latency_rows(record: Record) -> Iterator[tuple[str, ...]]:
@@ -47,10 +48,14 @@ def latency_table(record: Record) -> Table:
 
 def latency_markdown(record: Record) -> str:
     """The percentiles as a Markdown table, with its origin below."""
-    names = list(next(iter(record["summary"].values())))
-    lines = [f"**{title(record)}**", "", markdown_row(("ms", *names)), markdown_row(("---", *("---:" for _ in names)))]
-    lines += [markdown_row(row) for row in latency_rows(record)]
-    return "\n".join([*lines, "", *(f"Note: {note}." for note in record["notes"]), origin(record["environment"]), ""])
+    notes = (f"Note: {note}." for note in record["notes"])
+    return "\n".join([*latency_lines(record), "", *notes, origin(record["environment"]), ""])
+
+
+def latency_lines(record: Record) -> list[str]:
+    """The percentiles as lines of Markdown, under their title."""
+    head = ("ms", *next(iter(record["summary"].values())))
+    return [f"**{title(record)}**", "", *markdown_table(head, latency_rows(record))]
 
 
 def title(record: Record) -> str:
@@ -73,9 +78,32 @@ def origin(environment: dict[str, Any]) -> str:
     return f"{machine}; {commit}; {environment['date'][:10]}."
 
 
-def markdown_row(cells: tuple[str, ...]) -> str:
-    """One row of a Markdown table."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def gpu_origin(where: Mapping[str, Any]) -> str:
+    """Device, versions, commit and date in one line."""
+    commit = (where["commit"] or "no checkout")[:12] + (" with changes" if where["dirty"] else "")
+    gpu, versions = where["gpu"], where["libraries"]
+    told = f"torch {versions['torch']}, CUDA {gpu['cuda']}, Triton {versions['triton']}"
+    return f"one {gpu['name']}, {told}; {commit}; {where['date'][:10]}."
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, all columns but the first to the right."""
+    rows = [head, ("---", *("---:" for _ in head[1:])), *body]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
+
+
+def between(text: str, mark: str, lines: Iterable[str], where: Path) -> str:
+    """The text with lines between its marks.
+
+    Raises:
+        DataError: It does not hold the marks, once and in order.
+    """
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    block = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if text.count(begin) != 1 or text.count(end) != 1 or not block.search(text):
+        raise DataError(f"{where} must hold {begin} and then {end}, each once")
+    content = "\n".join([begin, *lines, end])
+    return block.sub(lambda _: content, text)
 
 
 @click.command()

@@ -6,11 +6,12 @@ import gc
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from onetrans.bench.stats import LEAST_SAMPLES
+from onetrans.bench.stats import LEAST_PAIRS, LEAST_SAMPLES
 from onetrans.errors import ConfigError
 from onetrans.features.requests import Request
 from onetrans.runtime.ranker import Ranker
@@ -18,6 +19,7 @@ from onetrans.runtime.ranker import Ranker
 COMPONENTS = ("encode", "load", "prefill", "append", "decode", "drift", "offload", "whole")
 REQUESTS = 200
 WARMUP = 10
+SPINNING = 0.06  # seconds; ONNX Runtime's workers were seen to spin for 0.042 s after a run
 GARBAGE_COLLECTOR = "collected before, off while measuring"
 
 
@@ -48,6 +50,31 @@ def quiet_collector() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def in_turn(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2, pause: float = SPINNING
+) -> dict[str, list[float]]:
+    """Seconds of every run, A B C A B C …, so that drift of the machine meets all alike.
+
+    Args:
+        runs: By name; timed from outside.
+        rounds: Measured rounds, at least LEAST_PAIRS.
+        warmup: Rounds before, unmeasured.
+        pause: Seconds of sleep before each run, so that the threads of the run before have gone to rest.
+    """
+    assert rounds >= LEAST_PAIRS
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with quiet_collector():
+        for index in range(warmup + rounds):
+            for name, run in runs.items():
+                time.sleep(pause)
+                began = time.perf_counter()
+                run()
+                taken = time.perf_counter() - began
+                if index >= warmup:
+                    seconds[name].append(taken)
+    return seconds
 
 
 def bench_ranker(

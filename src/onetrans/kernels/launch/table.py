@@ -13,6 +13,7 @@ from onetrans.kernels.launch.config import Device, LaunchConfig, Problem, bucket
 
 TABLE = Path(__file__).with_name("tuned.json")  # {device name: {"capability": 90, "ops": {op: {dtype: {key: fields}}}}}
 VARIABLE = "ONETRANS_BATCH_INVARIANT"
+TABLE_VARIABLE = "ONETRANS_TUNED_TABLE"  # another table's path, as of one that was tuned into a folder of its own
 
 
 def batch_invariant() -> bool:
@@ -27,12 +28,17 @@ def problem(op: str, dtype: str, rows: int, **sizes: int) -> Problem:
     )
 
 
+def table_path() -> Path:
+    """The table in force: that of `ONETRANS_TUNED_TABLE`, or the committed one."""
+    return Path(os.environ.get(TABLE_VARIABLE) or TABLE)
+
+
 @functools.cache
 def tuned() -> Mapping[tuple[str, str, str, str], LaunchConfig]:
     """The table, by device name, op, dtype and key."""
     return {
         (device, op, dtype, key): LaunchConfig(**fields)
-        for device, body in json.loads(TABLE.read_text(encoding="utf-8")).items()
+        for device, body in json.loads(table_path().read_text(encoding="utf-8")).items()
         for op, dtypes in body["ops"].items()
         for dtype, keys in dtypes.items()
         for key, fields in keys.items()
@@ -41,7 +47,7 @@ def tuned() -> Mapping[tuple[str, str, str, str], LaunchConfig]:
 
 def tuned_devices() -> list[Device]:
     """The devices that the table has configurations for."""
-    body = json.loads(TABLE.read_text(encoding="utf-8"))
+    body = json.loads(table_path().read_text(encoding="utf-8"))
     return [Device(capability=found["capability"], name=name) for name, found in body.items()]
 
 
