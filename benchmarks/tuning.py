@@ -39,6 +39,7 @@ from onetrans.files import replace_text
 from onetrans.kernels.launch import LaunchConfig, Problem
 from onetrans.kernels.launch import table as launch_table
 from onetrans.kernels.launch.device import device_of
+from onetrans.precision import precision
 
 WINS = 1.03  # times faster than the default that a configuration must be
 FINALISTS = 3
@@ -150,7 +151,7 @@ def warm(cases: Sequence[Case], dtype: str, config: LaunchConfig) -> str | None:
     try:
         for case in cases:
             with launch_table.forced(case.op, config):
-                launch(case, draw(case, 0, "cuda", getattr(torch, dtype)))
+                launch(case, draw(case, 0, "cuda", precision(dtype).torch))
         torch.cuda.synchronize()
     except Exception as error:
         return reason(error)
@@ -250,7 +251,7 @@ class Tuner:
 
     def runs(self, task: Task, case: Case, space: Sequence[LaunchConfig], excluded: dict[str, str]) -> dict[Any, Run]:
         """A graph for each configuration that gives what the reference gives."""
-        dtype, calls = getattr(torch, task.problem.dtype), calls_of(self.context, case.work)
+        dtype, calls = precision(task.problem.dtype).torch, calls_of(self.context, case.work)
         inputs = [draw(case, index, self.context.device, dtype) for index in range(calls)]
         double, plain = reference(case, inputs[0], double=True), reference(case, inputs[0])
         found = {}

@@ -18,6 +18,7 @@ from onetrans.bench.suite import Outcome, Row, estimated
 from onetrans.bench.tests import COUNTED, run_pytest
 from onetrans.bench.timing import Run, clear, microseconds, typical
 from onetrans.errors import MissingDependencyError
+from onetrans.precision import precision
 
 TESTS = ROOT / "parity_tests"
 TEST_FILES = "test_triton_*.py"
@@ -74,7 +75,7 @@ def ceilings(context: Context) -> Outcome:
     goal = torch.empty_like(source)
     runs: dict[str, Run] = {"copy": context.timer.plain(lambda: goal.copy_(source))}
     for dtype in DTYPES:
-        a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        a, b = (torch.randn(side, side, device=device).to(precision(dtype).torch) for _ in range(2))
         runs[dtype] = context.timer.plain(functools.partial(torch.mm, a, b, out=torch.empty_like(a)))
     one = torch.zeros(1, device=device)
     runs["launch"] = context.timer.graph([functools.partial(one.add_, 1.0)] * nodes)

@@ -30,6 +30,7 @@ from onetrans.bench.competition import OTHERS, OURS, Contestant, Parity, compare
 from onetrans.bench.rates import Work
 from onetrans.bench.suite import Outcome
 from onetrans.bench.timing import Blocks, Run, clear
+from onetrans.precision import precision
 
 TARGETS = {HISTORY: 1.0, CANDIDATES: 1.5}
 CALL_BYTES = 64 << 20  # so much in all the calls of one graph
@@ -112,7 +113,7 @@ def measure_cases(
     outcome, blocks = Outcome(notes=[MASKED]), {}
     for case in cases:
         calls = calls_of(context, case.work)
-        inputs = [draw(case, index, context.device, getattr(torch, dtype)) for index in range(calls)]
+        inputs = [draw(case, index, context.device, precision(dtype).torch) for index in range(calls)]
         plain = reference(case, inputs[0])
         judge = functools.partial(compare, plain=plain, reference=reference(case, inputs[0], double=True))
         judge = functools.partial(judge, rounding=inputs[0].rounding)

@@ -19,6 +19,7 @@ from onetrans.export.models.base import ModelAdapter, adapt
 from onetrans.export.program import Program
 from onetrans.export.programs import Programs, make_programs
 from onetrans.model.checkpoint import random_model
+from onetrans.precision import precision
 from onetrans.spec import TensorSpec
 
 KINDS = ("prefill", "append", "decode")
@@ -151,7 +152,7 @@ def build(context: Context, model: str, dtype: str) -> ModelPrograms:
             context.programs.clear()
             clear()
     context.progress(f"capturing {model} in {dtype}")
-    sizes, which = context.sizes(model), getattr(torch, dtype)
+    sizes, which = context.sizes(model), precision(dtype).torch
     adapter, made = programs_of(random_model(sizes.config, SEED).to(which).eval())
     captured = {**made.by_name, "whole": made.split.whole}
     memory: dict[Any, torch.Tensor] = {}

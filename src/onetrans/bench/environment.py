@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import onetrans
+from onetrans.runtime import targets
 
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "onnx", "onnxscript", "safetensors", "triton")
+OWN_PACKAGES = ("numpy", "safetensors", "triton")  # beside what the table of targets names
 WRITTEN = (
     "benchmarks/results",
     "docs/benchmarks.md",
@@ -94,9 +95,9 @@ def gpu_state() -> dict[str, Any]:
 
 
 def libraries() -> dict[str, str]:
-    """Versions of what is installed of PACKAGES, and of this package."""
+    """Versions of this package, and of what is installed of its own and of its targets' packages."""
     found = {"onetrans-export": onetrans.__version__}
-    for package in PACKAGES:
+    for package in (*OWN_PACKAGES, *targets.packages()):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

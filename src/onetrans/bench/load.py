@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -85,8 +84,3 @@ def file_requests(path: str | Path, manifest: Manifest) -> list[Request]:
             name = request.request or index
             raise DataError(f"{path}: request {name} has {count} candidates; this bundle takes {low} to {high}")
     return requests
-
-
-def candidate_count(candidates: Any) -> int:
-    """Candidates of a request, given as rows or as columns."""
-    return len(next(iter(candidates.values()))) if isinstance(candidates, Mapping) else len(candidates)
