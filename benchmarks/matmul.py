@@ -66,7 +66,8 @@ def prepare(context: Context, preset: str, *, candidates: int = CANDIDATES) -> P
     config = ModelConfig.from_json(manifest.model)
     rng = np.random.default_rng(SEED)
     request = random_request(manifest.schema, events=config.max_history, candidates=candidates, rng=rng)
-    user, candidate = ranker.encode_user(request.history, request.profile), ranker.encode_candidates(request.candidates)
+    parsed = [ranker.encoder.parse(request)]
+    user, candidate = ranker.encoder.user_inputs(parsed), ranker.encoder.candidate_inputs(parsed)[0]
     pool = ranker.backend.allocate(1)
     ranker.backend.prefill(pool, [0], user)
     return Prepared(ranker, config, user, candidate, pool, pool.lengths(0).tolist())

@@ -21,7 +21,7 @@ import parity_tests.triton_device  # noqa: F401  (before anything imports Triton
 from onetrans.cli.main import cli, run
 from onetrans.export import export
 from onetrans.features.random_requests import random_request
-from onetrans.features.requests import Request
+from onetrans.features.requests import Request, write_requests
 from onetrans.features.schema import FeatureSchema
 from onetrans.model.checkpoint import random_model, save_checkpoint
 from onetrans.model.onetrans import OneTrans
@@ -111,6 +111,17 @@ def intent_bundle(intent_model: OneTrans, tmp_path_factory: pytest.TempPathFacto
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A bundle to damage."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def requests_file(tmp_path: Path) -> Path:
+    """`requests.json`: three requests for the tiny model, of 12 candidates each."""
+    path = tmp_path / "requests.json"
+    schema = preset("tiny").schema
+    made = [request_of(schema, events=events, candidates=12, seed=events) for events in (0, 70, 300)]
+    named = [dataclasses.replace(request, request=f"request {index}") for index, request in enumerate(made)]
+    write_requests(path, named)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from typing import Any, cast
 import numpy as np
 
 from onetrans.export.models.onetrans import run_model
-from onetrans.features.encode import encode_candidates, encode_tokens, encode_users
-from onetrans.features.merge import Merge, merge_tokens, parse_history
+from onetrans.features.encoder import RequestEncoder
+from onetrans.features.merge import Merge
 from onetrans.features.requests import Request
 from onetrans.features.schema import FeatureSchema
 from onetrans.model.onetrans import OneTrans
@@ -24,7 +24,7 @@ from onetrans.runtime.backends.base import Backend, BackendOptions
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
-from onetrans.runtime.cache.lookup import Held
+from onetrans.runtime.cache.lookup import CacheEntry
 from onetrans.runtime.cache.state_cache import Key
 from onetrans.runtime.metrics import Metrics
 from onetrans.runtime.pools.host import HostPool
@@ -71,7 +71,7 @@ def rank(ranker: Ranker, request: Request) -> Scores:
 
 
 def rank_new(ranker: Ranker, request: Request) -> Scores:
-    """Prefilled into a working slot by the same bundle and backend, whatever is cached."""
+    """Prefilled into a slot of its own by the same bundle and backend, whatever is cached."""
     return rank(ranker, dataclasses.replace(request, user=""))
 
 
@@ -81,15 +81,15 @@ def same_bits(a: Logits, b: Logits) -> bool:
 
 def contents(ranker: Ranker) -> dict[Key, dict[str, np.ndarray]]:
     """Every cached state, byte by byte: valid rows and all else that decode reads."""
-    return {key: ranker.pool.read(held.slot) for key, held in ranker.cache.held().items()}
+    return {key: ranker.pool.read(entry.slot) for key, entry in ranker.cache.entries().items()}
 
 
 def same_contents(a: Mapping[Key, Logits], b: Mapping[Key, Logits]) -> bool:
     return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
 
 
-def held_of(ranker: Ranker, user: str) -> Held:
-    (found,) = [held for (_, name), held in ranker.cache.held().items() if name == user]
+def entry_of(ranker: Ranker, user: str) -> CacheEntry:
+    (found,) = [entry for (_, name), entry in ranker.cache.entries().items() if name == user]
     return found
 
 
@@ -104,20 +104,15 @@ class Reference:
 
     def __init__(self, model: OneTrans) -> None:
         self.model, self.gold_model = model, copy.deepcopy(model).double()
+        config = model.config
+        self.encoder = RequestEncoder(schema=config.schema, merge=cast(Merge, config.merge), pyramid=config.pyramid)
         self.error = self.worst = 0.0
         for seed in range(CALIBRATION):
             self.gold(request_of(model.config.schema, events=4 * seed, candidates=3, seed=1000 + seed))
 
     def gold(self, request: Request) -> dict[str, np.ndarray]:
         """Logits in float64 [C]; the plain model's error is taken along."""
-        config = self.model.config
-        tokens = merge_tokens(config.schema, parse_history(config.schema, request.history), cast(Merge, config.merge))
-        start = config.pyramid.starts(len(tokens["behaviour"]))[0]
-        inputs = {
-            **encode_tokens(config.schema, [tokens], [start]),
-            **encode_users(config.schema, [request.profile]),
-            **encode_candidates(config.schema, [request.candidates])[0],
-        }
+        inputs = self.encoder.inputs([self.encoder.parse(request)])
         gold = {task: logits[0] for task, logits in run_model(self.gold_model, inputs).items()}
         plain = {task: logits[0] for task, logits in run_model(self.model, inputs).items()}
         self.error = max(self.error, difference(plain, gold))

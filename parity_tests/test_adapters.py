@@ -46,7 +46,7 @@ class CalibratedAdapter:
         self._inner = OneTransAdapter(model.inner)
         self.name, self.tasks, self.pyramid = "calibrated-small", self._inner.tasks, self._inner.pyramid
         self.config: Mapping[str, Any] = {name: self._inner.config[name] for name in ("schema", "merge")}
-        self.description = {"size": "calibrated", "candidate_tokens": "NS-tokens", "candidate_rows": "rows"}
+        self.description = {"scale": "2"}
 
     @classmethod
     def accepts(cls, model: object) -> bool:

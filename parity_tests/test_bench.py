@@ -229,9 +229,9 @@ def test_command_prints_one_json_object_and_nothing_else(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--candidates", 0), ("candidates is 0", "1 to 2048")),
+        (("--candidates", 0), ("--candidates is 0", "at least 1")),
         (("--candidates", 4096), ("candidates is 4096", "1 to 2048")),
-        (("--events", -1), ("events is -1", "0 to 127")),
+        (("--events", -1), ("--events is -1", "at least 0")),
         (("--events", 128), ("events is 128", "0 to 127")),
         (("--requests", 19), ("--requests is 19", "at least 20")),
         (("--threads", 0), ("--threads is 0", "at least 1")),

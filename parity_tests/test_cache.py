@@ -12,7 +12,7 @@ import pytest
 
 from onetrans.errors import ConfigError, StateError
 from onetrans.runtime.cache.config import CacheConfig, parse_bytes
-from onetrans.runtime.cache.lookup import Held
+from onetrans.runtime.cache.lookup import CacheEntry
 from onetrans.runtime.cache.state_cache import Key, StateCache
 
 PATIENCE = 10.0  # seconds until a thread that should have ended counts as stuck
@@ -35,17 +35,17 @@ def put(cache: StateCache, *users: str) -> None:
     for user in users:
         with cache.use([key(user)]) as lease:
             (slot,) = lease.take(1)
-            lease.commit(key(user), Held(slot=slot, tokens=1, events=b"", context=b""))
+            lease.commit(key(user), CacheEntry(slot=slot, tokens=1, events=b"", context=b""))
         cache.check_integrity()
 
 
-def touch(cache: StateCache, user: str) -> Held | None:
+def touch(cache: StateCache, user: str) -> CacheEntry | None:
     with cache.use([key(user)]) as lease:
         return lease.look(key(user))
 
 
 def users(cache: StateCache) -> list[str]:
-    return [user for _, user in cache.held()]
+    return [user for _, user in cache.entries()]
 
 
 def started(work: Callable[[], object]) -> threading.Thread:
@@ -65,7 +65,7 @@ def assert_ends(thread: threading.Thread) -> None:
 
 
 def test_the_least_recently_used_state_goes_first() -> None:
-    cache = StateCache(5, working=1)
+    cache = StateCache(5, compute_slots=1)
     put(cache, "a", "b", "c", "d")
     assert touch(cache, "a") is not None
     put(cache, "b")  # prefilled anew
@@ -78,36 +78,36 @@ def test_the_least_recently_used_state_goes_first() -> None:
 
 
 def test_a_prefill_takes_another_slot_and_frees_the_old_one() -> None:
-    cache = StateCache(3, working=1)
+    cache = StateCache(3, compute_slots=1)
     put(cache, "a")
-    old = cache.held()[key("a")].slot
+    old = cache.entries()[key("a")].slot
     with cache.use([key("a")]) as lease:
         (slot,) = lease.take(1)
         assert slot != old
-        lease.commit(key("a"), Held(slot=slot, tokens=2, events=b"", context=b""))
+        lease.commit(key("a"), CacheEntry(slot=slot, tokens=2, events=b"", context=b""))
         cache.check_integrity()
-    assert cache.held()[key("a")].slot == slot
+    assert cache.entries()[key("a")].slot == slot
     put(cache, "b", "c")
-    assert {held.slot for held in cache.held().values()} < {0, 1, 2}
-    assert old in {held.slot for held in cache.held().values()}
+    assert {entry.slot for entry in cache.entries().values()} < {0, 1, 2}
+    assert old in {entry.slot for entry in cache.entries().values()}
 
 
 def test_what_was_not_committed_is_given_back() -> None:
-    cache = StateCache(4, working=2)
+    cache = StateCache(4, compute_slots=2)
     put(cache, "a")
-    before = cache.held()
+    before = cache.entries()
     with pytest.raises(ZeroDivisionError), cache.use([key("a"), key("b")]) as lease:
         assert len(set(lease.take(2))) == 2
         cache.check_integrity()
         raise ZeroDivisionError
-    assert cache.held() == before
+    assert cache.entries() == before
     cache.check_integrity()
     with cache.use([key("b")]) as lease:  # the two are free again, or this would wait for ever
         assert len(lease.take(2)) == 2
 
 
 def test_a_state_in_use_is_never_evicted() -> None:
-    cache = StateCache(3, working=1)
+    cache = StateCache(3, compute_slots=1)
     put(cache, "old", "new")
     with cache.use([key("old")]):
         put(cache, "other")
@@ -117,7 +117,7 @@ def test_a_state_in_use_is_never_evicted() -> None:
 
 
 def test_a_state_is_turned_away_where_all_are_in_use() -> None:
-    cache = StateCache(3, working=1)
+    cache = StateCache(3, compute_slots=1)
     put(cache, "a", "b")
     with cache.use([key("a"), key("b")]):
         put(cache, "c")
@@ -129,7 +129,7 @@ def test_a_state_is_turned_away_where_all_are_in_use() -> None:
 
 def test_a_state_is_used_until_its_time_is_over() -> None:
     clock = Clock()
-    cache = StateCache(4, working=1, ttl=10.0, clock=clock)
+    cache = StateCache(4, compute_slots=1, ttl=10.0, clock=clock)
     put(cache, "a")
     clock.now = 6.0
     put(cache, "b")
@@ -152,7 +152,7 @@ def test_a_state_is_used_until_its_time_is_over() -> None:
 
 def test_without_a_time_limit_states_stay() -> None:
     clock = Clock()
-    cache = StateCache(2, working=1, clock=clock)
+    cache = StateCache(2, compute_slots=1, clock=clock)
     put(cache, "a")
     clock.now = 1e12
     assert cache.expire() == 0
@@ -160,7 +160,7 @@ def test_without_a_time_limit_states_stay() -> None:
 
 
 def test_invalidate_and_clear_forget() -> None:
-    cache = StateCache(6, working=1)
+    cache = StateCache(6, compute_slots=1)
     put(cache, "a", "b", "c", "d", "e")
     assert cache.invalidate(key("c"))
     assert not cache.invalidate(key("c"))
@@ -176,23 +176,23 @@ def test_invalidate_and_clear_forget() -> None:
 
 
 def test_states_of_two_model_versions_are_two_states() -> None:
-    cache = StateCache(4, working=1)
+    cache = StateCache(4, compute_slots=1)
     put(cache, "a")
     with cache.use([("v2", "a")]) as lease:
         assert lease.look(("v2", "a")) is None
 
 
 def test_visit_passes_over_states_in_use() -> None:
-    cache = StateCache(4, working=1)
+    cache = StateCache(4, compute_slots=1)
     put(cache, "a", "b", "c")
     seen: list[str] = []
     with cache.use([key("b")]):
-        cache.visit(lambda key, held: seen.append(key[1]))
+        cache.visit(lambda key, entry: seen.append(key[1]))
     assert seen == ["a", "c"]
 
 
 def test_a_users_requests_run_one_after_another() -> None:
-    cache = StateCache(4, working=2)
+    cache = StateCache(4, compute_slots=2)
     put(cache, "a", "b")
     with cache.use([key("a")]):
         same, other = (started(lambda user=user: touch(cache, user)) for user in "ab")
@@ -208,7 +208,7 @@ def test_a_users_requests_run_one_after_another() -> None:
 
 
 def test_who_finds_no_slot_to_work_in_waits() -> None:
-    cache = StateCache(4, working=2)
+    cache = StateCache(4, compute_slots=2)
     with cache.use([key("a")]) as lease:
         lease.take(1)
         one, two = (started(lambda user=user, n=n: take(cache, user, n)) for user, n in (("b", 1), ("c", 2)))
@@ -225,7 +225,7 @@ def take(cache: StateCache, user: str, count: int) -> None:
 
 
 def test_batches_that_share_users_in_any_order_do_not_wait_for_each_other_for_ever() -> None:
-    cache = StateCache(8, working=2)
+    cache = StateCache(8, compute_slots=2)
 
     def work(seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -233,7 +233,7 @@ def test_batches_that_share_users_in_any_order_do_not_wait_for_each_other_for_ev
             chosen = rng.permutation(list("abc"))[:2].tolist()
             with cache.use([key(user) for user in chosen]) as lease:
                 for user, slot in zip(chosen, lease.take(2), strict=True):
-                    lease.commit(key(user), Held(slot=slot, tokens=1, events=b"", context=b""))
+                    lease.commit(key(user), CacheEntry(slot=slot, tokens=1, events=b"", context=b""))
                 cache.check_integrity()
 
     threads = [started(lambda seed=seed: work(seed)) for seed in range(4)]
@@ -250,26 +250,26 @@ def lease_too_many(cache: StateCache) -> None:
 
 def cache_too_many(cache: StateCache) -> None:
     for slot in cache._free:
-        cache._entries[key(f"more{slot}")] = Held(slot=slot, tokens=1, events=b"", context=b"")
+        cache._entries[key(f"more{slot}")] = CacheEntry(slot=slot, tokens=1, events=b"", context=b"")
     cache._free.clear()
 
 
 CORRUPTIONS: dict[str, Callable[[StateCache], object]] = {
     "a free slot twice": lambda cache: cache._free.append(cache._free[0]),
     "a free slot lost": lambda cache: cache._free.pop(),
-    "cached and free": lambda cache: cache._free.append(cache.held()[key("a")].slot),
-    "cached and at work": lambda cache: cache._leased.add(cache.held()[key("a")].slot),
+    "cached and free": lambda cache: cache._free.append(cache.entries()[key("a")].slot),
+    "cached and leased": lambda cache: cache._leased.add(cache.entries()[key("a")].slot),
     "two users in one slot": lambda cache: cache._entries.update({key("b"): cache._entries[key("a")]}),
     "a state without its slot": lambda cache: cache._entries.pop(key("a")),
     "a slot that is none": lambda cache: cache._free.append(cache.slots),
-    "more at work than may": lease_too_many,
+    "more leased than may": lease_too_many,
     "more cached than may": cache_too_many,
 }
 
 
 @pytest.mark.parametrize("corrupt", CORRUPTIONS.values(), ids=CORRUPTIONS)
 def test_a_broken_cache_is_noticed(corrupt: Callable[[StateCache], object]) -> None:
-    cache = StateCache(4, working=1)
+    cache = StateCache(4, compute_slots=1)
     put(cache, "a", "b")
     corrupt(cache)
     with pytest.raises(StateError, match="the state cache is broken"):
@@ -279,11 +279,11 @@ def test_a_broken_cache_is_noticed(corrupt: Callable[[StateCache], object]) -> N
 @pytest.mark.parametrize(
     ("slots", "options", "message"),
     [
-        (4, {"working": 0}, "working is 0; of 4 slots, 1 to 4 can be kept"),
-        (4, {"working": 5}, "working is 5; of 4 slots, 1 to 4 can be kept"),
-        (4, {"working": 1, "ttl": 0}, "ttl is 0; give seconds above 0"),
-        (4, {"working": 1, "ttl": -1.0}, "ttl is -1.0; give seconds above 0"),
-        (4, {"working": 1, "ttl": float("nan")}, "ttl is nan; give seconds above 0"),
+        (4, {"compute_slots": 0}, "compute_slots is 0; of 4 slots, 1 to 4 can be kept"),
+        (4, {"compute_slots": 5}, "compute_slots is 5; of 4 slots, 1 to 4 can be kept"),
+        (4, {"compute_slots": 1, "ttl": 0}, "ttl is 0; give seconds above 0"),
+        (4, {"compute_slots": 1, "ttl": -1.0}, "ttl is -1.0; give seconds above 0"),
+        (4, {"compute_slots": 1, "ttl": float("nan")}, "ttl is nan; give seconds above 0"),
     ],
 )
 def test_numbers_that_leave_nothing_to_work_with(slots: int, options: dict[str, Any], message: str) -> None:
@@ -292,11 +292,11 @@ def test_numbers_that_leave_nothing_to_work_with(slots: int, options: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("memory", "working", "expected"),
+    ("memory", "compute_slots", "expected"),
     [(0, 8, (8, 8)), (200, 8, (2, 1)), (299, 8, (2, 1)), (1600, 8, (16, 4)), (6400, 8, (64, 8)), (6400, 3, (64, 3))],
 )
-def test_slots_follow_from_the_memory(memory: int, working: int, expected: tuple[int, int]) -> None:
-    assert CacheConfig(state_memory=memory, working=working).slots(100) == expected
+def test_slots_follow_from_the_memory(memory: int, compute_slots: int, expected: tuple[int, int]) -> None:
+    assert CacheConfig(state_memory=memory, compute_slots=compute_slots).slots(100) == expected
 
 
 @pytest.mark.parametrize("memory", [1, 99, 100, 199])
@@ -314,7 +314,7 @@ def test_memory_for_less_than_two_users_is_refused(memory: int) -> None:
     [
         ({"reuse": "sloppy"}, "reuse 'sloppy' is not one of exact, stale"),
         ({"state_memory": -1}, "state_memory is -1; it must be at least 0"),
-        ({"working": 0}, "working is 0; it must be at least 1"),
+        ({"compute_slots": 0}, "compute_slots is 0; it must be at least 1"),
         ({"stale_crossings": 0}, "stale_crossings is 0; it must be at least 1"),
         ({"drift_every": 0}, "drift_every is 0; it must be at least 1"),
     ],
@@ -355,7 +355,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_many_slots_and_many_users_are_had_in_the_order_of_arrival() -> None:
     """Whoever needs all slots, or two users at once, would else wait for as long as others come one by one."""
-    cache = StateCache(8, working=4)
+    cache = StateCache(8, compute_slots=4)
     order: list[str] = []
 
     def ask(name: str, users: list[str], slots: int) -> None:

@@ -15,14 +15,14 @@ from onetrans.features.merge import merge_tokens, parse_history
 from onetrans.features.windows import Pyramid
 from onetrans.model.presets import preset
 from onetrans.runtime.cache.fingerprint import RunningHash, context_digest
-from onetrans.runtime.cache.lookup import Held, Lookup, Policy, look_up
+from onetrans.runtime.cache.lookup import CacheEntry, Lookup, Policy, look_up
 from parity_tests.conftest import request_of
 
 SCHEMA = preset("tiny").schema
 WINDOWS = Pyramid(max_history=64, keep=(32, 4), chunk=64)
-EXACT = Policy(pyramid=WINDOWS, appends=True)
+EXACT = Policy(pyramid=WINDOWS, can_append=True)
 STALE = dataclasses.replace(EXACT, reuse="stale", stale_crossings=2)
-INTENT = dataclasses.replace(EXACT, appends=False)
+INTENT = dataclasses.replace(EXACT, can_append=False)
 Tokens = dict[str, np.ndarray]
 
 
@@ -95,18 +95,18 @@ def test_a_digest_of_the_context_covers_names_values_types_and_shapes() -> None:
     assert context_digest({name: value.copy() for name, value in inputs.items()}) == digests[0]
 
 
-def state_of(tokens: Tokens, context: bytes = b"profile", **changes: Any) -> Held:
+def state_of(tokens: Tokens, context: bytes = b"profile", **changes: Any) -> CacheEntry:
     running = RunningHash(tokens)
-    held = Held(slot=0, tokens=running.tokens, events=running.digests(0)[1], context=context)
-    return dataclasses.replace(held, **changes)
+    entry = CacheEntry(slot=0, tokens=running.tokens, events=running.digests(0)[1], context=context)
+    return dataclasses.replace(entry, **changes)
 
 
-def look(held: Held | None, tokens: Tokens, policy: Policy = EXACT, context: bytes = b"profile") -> Lookup:
-    found = look_up(policy, held, RunningHash(tokens), context)
+def look(entry: CacheEntry | None, tokens: Tokens, policy: Policy = EXACT, context: bytes = b"profile") -> Lookup:
+    found = look_up(policy, entry, RunningHash(tokens), context)
     assert (found.tokens, found.events) == (len(tokens["behaviour"]), RunningHash(tokens).digests(0)[1])
-    assert (found.held is None) == (found.kind == "prefill")
-    assert found.fresh == found.tokens - (found.held.tokens if found.held else 0)
-    assert any(found.drop) <= (found.kind == "stale")
+    assert (found.entry is None) == (found.kind == "prefill")
+    assert found.fresh == found.tokens - (found.entry.tokens if found.entry else 0)
+    assert any(found.dropped) <= (found.kind == "stale")
     return found
 
 
@@ -206,23 +206,23 @@ def test_times_that_move_but_keep_the_order_change_nothing() -> None:
 
 
 def test_a_stale_state_is_carried_only_where_asked_for_and_so_far() -> None:
-    held = state_of(first(100))
-    assert look(held, first(130)).kind == "prefill"
-    found = look(held, first(130), STALE)
+    entry = state_of(first(100))
+    assert look(entry, first(130)).kind == "prefill"
+    found = look(entry, first(130), STALE)
     assert (found.kind, found.fresh, found.recompute, found.crossings) == ("stale", 30, True, 1)
-    assert found.drop == (64, 64)  # starts (0, 32) at 100 events, (64, 96) at 130
-    assert look(held, first(191), STALE).crossings == 1
-    assert look(state_of(first(60)), first(64), STALE).drop == (0, 32)
+    assert found.dropped == (64, 64)  # starts (0, 32) at 100 events, (64, 96) at 130
+    assert look(entry, first(191), STALE).crossings == 1
+    assert look(state_of(first(60)), first(64), STALE).dropped == (0, 32)
     assert look(state_of(first(60), crossings=1), first(64), STALE).crossings == 2
     assert look(state_of(first(60), crossings=2), first(64), STALE).kind == "prefill"
 
 
 def test_a_state_stays_stale_until_it_is_prefilled() -> None:
-    held = state_of(first(130), crossings=1)
-    same, grown = look(held, first(130), STALE), look(held, first(131), STALE)
-    assert (same.kind, same.recompute, same.drop, same.crossings) == ("stale", False, (0, 0), 1)
-    assert (grown.kind, grown.recompute, grown.drop, grown.crossings) == ("stale", True, (0, 0), 1)
-    assert look(held, first(130), EXACT).kind == "prefill"
+    entry = state_of(first(130), crossings=1)
+    same, grown = look(entry, first(130), STALE), look(entry, first(131), STALE)
+    assert (same.kind, same.recompute, same.dropped, same.crossings) == ("stale", False, (0, 0), 1)
+    assert (grown.kind, grown.recompute, grown.dropped, grown.crossings) == ("stale", True, (0, 0), 1)
+    assert look(entry, first(130), EXACT).kind == "prefill"
 
 
 @pytest.mark.parametrize(("old", "new"), [(64, 192), (96, 128), (70, 400)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -17,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from onetrans.errors import JobError
+from onetrans.files import replace_text, write_new_text
 from onetrans.model.presets import preset
 from parity_tests.conftest import MAIN, Command, as_rows, error_line, listing, request_of
 
@@ -29,24 +32,28 @@ from parity_tests.conftest import MAIN, Command, as_rows, error_line, listing, r
         (["export", "--bogus"], "No such option"),
         (["verify"], "Missing argument 'BUNDLE'."),
         (["export", "--output", "b", "--max-candidates", "many"], "'many' is not a valid integer"),
-        (["export", "--output", "b", "--seed", "-1"], "'--seed': -1 is not in the range x>=0"),
-        (["export", "--output", "b"], "give either --checkpoint DIR, or --preset NAME with --random-weights"),
-        (["export", "--output", "b", "--preset", "tiny"], "give either --checkpoint DIR, or --preset NAME with"),
-        (["export", "--output", "b", "--random-weights"], "give either --checkpoint DIR, or --preset NAME with"),
-        (["export", "--output", "b", "--target", "abacus"], "unknown target 'abacus'; allowed: onnx"),
-        (["export", "--output", "b", "--precision", "fp8"], "cannot run precision 'fp8'; allowed: fp32"),
-        (["export", "--output", "b", "--max-candidates", "0"], "max_candidates is 0; it must be at least 2"),
-        (["export", "--output", "b", "--max-users", "-3"], "max_users is -3; it must be at least 2"),
+        (["export", "--output", "b", "--seed", "-1"], "--seed is -1; it must be at least 0"),
+        (["export", "--output", "b"], "give either --checkpoint FOLDER, or --preset NAME with --random-weights"),
+        (["export", "--output", "b", "--preset", "tiny"], "give either --checkpoint FOLDER, or --preset NAME with"),
+        (["export", "--output", "b", "--random-weights"], "give either --checkpoint FOLDER, or --preset NAME with"),
+        (["export", "--output", "b", "--target", "abacus"], "'--target': 'abacus' is not one of 'onnx'"),
+        (
+            ["export", "--output", "b", "--precision", "fp8"],
+            "'--precision': 'fp8' is not one of 'fp32', 'fp16'",
+        ),
+        (["export", "--output", "b", "--precision", "bf16"], "cannot run precision 'bf16'; allowed: fp32"),
+        (["export", "--output", "b", "--max-candidates", "0"], "--max-candidates is 0; it must be at least 2"),
+        (["export", "--output", "b", "--max-users", "-3"], "--max-users is -3; it must be at least 2"),
         (
             ["export", "--output", "b", "--preset", "huge", "--random-weights"],
-            "unknown preset 'huge'; allowed: tiny, onetrans-s, onetrans-l",
+            "'--preset': 'huge' is not one of 'tiny', 'onetrans-s', 'onetrans-l'",
         ),
         (["verify", "none"], "bundle none does not exist"),
-        (["verify", "none", "--threads", "0"], "'--threads': 0 is not in the range x>=1"),
+        (["verify", "none", "--threads", "0"], "--threads is 0; it must be at least 1"),
         (["inspect", "none"], "bundle none does not exist"),
         (["score", "none", "--input", "x"], "bundle none does not exist"),
-        (["score", "none", "--input", "x", "--top", "0"], "'--top': 0 is not in the range x>=1"),
-        (["score", "none", "--input", "x", "--limit", "0"], "'--limit': 0 is not in the range x>=1"),
+        (["score", "none", "--input", "x", "--top", "0"], "--top is 0; it must be at least 1"),
+        (["score", "none", "--input", "x", "--limit", "0"], "--limit is 0; it must be at least 1"),
         (["bench", "none"], "bundle none does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -232,6 +239,39 @@ def test_a_damaged_bundle_is_one_line_in_every_command(run_cli: Command, bundle:
         path = bundle / "weights.safetensors"
         assert line == f"{path} was changed since it was written (sha256 differs); export the bundle again"
     assert listing(tmp_path) == before
+
+
+def test_an_output_below_a_file(run_here: Command, tiny_bundle: Path, requests_file: Path, tmp_path: Path) -> None:
+    """Clean-up fails there as well; the line is about the first failure."""
+    file = tmp_path / "file"
+    file.write_text("")
+    before = listing(tmp_path)
+    for output in (file / "out.json", file / "new" / "out.json"):
+        done = run_here("score", tiny_bundle, "--input", requests_file, "--output", output)
+        assert error_line(done, 1).startswith(f"{output} could not be written: ")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("write", [write_new_text, replace_text], ids=lambda write: write.__name__)
+def test_a_failed_clean_up_does_not_hide_why_it_was_needed(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only file system refuses to make a file and, even where none is there, to remove it."""
+
+    def refuse(path: Path, *args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", lambda *args, **options: refuse(Path("first")))
+        with pytest.raises(JobError, match=r"could not be written: \[Errno 30\] Read-only file system: 'first'"):
+            write(tmp_path / "out", "text")
+        full.setattr(Path, "write_text", lambda *args, **options: 1 / 0)  # a defect or a signal stays what it is
+        with pytest.raises(ZeroDivisionError):
+            write(tmp_path / "out", "text")
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(JobError, match=r"could not be written: \[Errno 30\]"):
+        write(tmp_path / "out", "text")
 
 
 @pytest.mark.slow

@@ -74,7 +74,8 @@ def test_graphs_do_the_floors_operations_and_no_more(ranker: Ranker, events: int
     manifest = ranker.bundle.manifest
     config = ModelConfig.from_json(manifest.model)
     request = request_of(manifest.schema, events=events, candidates=candidates)
-    user, candidate = ranker.encode_user(request.history, request.profile), ranker.encode_candidates(request.candidates)
+    parsed = [ranker.encoder.parse(request)]
+    user, candidate = ranker.encoder.user_inputs(parsed), ranker.encoder.candidate_inputs(parsed)[0]
     pool = ranker.backend.allocate(1)
     ranker.backend.prefill(pool, [0], user)
     values = {**pool.read(0), **user, **candidate}

@@ -87,9 +87,9 @@ def test_onetrans_export_is_the_export_command(
     for name in ("append.onnx", "decode.onnx", "prefill.onnx", "weights.safetensors"):
         assert made.files[name] == expected.files[name], name
     assert made.weights_sha256 == expected.weights_sha256
-    keys = {"bundle", "target", "precision", "seconds", "bytes", "state_bytes_per_user", "parity"}
-    assert found.keys() == keys
-    assert found["bundle"] == str(place / "out")
+    assert found.keys() == {"bundle", "seconds", "bytes", "state_bytes_per_user", "parity"}
+    stated = ("name", "target", "device", "precision", "weights_sha256")
+    assert found["bundle"] == {"path": str(place / "out"), **{name: getattr(made, name) for name in stated}}
     sizes = {path.name: path.stat().st_size for path in (place / "out").iterdir()}
     assert found["bytes"] == sum(sizes.values()) - sizes["manifest.json"]
     assert found["state_bytes_per_user"] == expected.bytes_per_user

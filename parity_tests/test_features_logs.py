@@ -14,6 +14,7 @@ import pytest
 from onetrans.errors import ConfigError, DataError, MissingDependencyError, OutputExistsError
 from onetrans.features.batches import Requests, index_requests, split_by_time
 from onetrans.features.encode import encode_candidates, encode_tokens, encode_users, input_specs
+from onetrans.features.encoder import RequestEncoder
 from onetrans.features.logs import Events, Impressions, Logs, read_logs, write_logs
 from onetrans.features.merge import merge_tokens, parse_history
 from onetrans.features.requests import Request, read_requests, write_requests
@@ -379,15 +380,6 @@ def test_request_files(tmp_path: Path, wrap: Any) -> None:
             json.dumps({"history": [], "profile": {"age": 1}}), "request 0: key 'candidates' is missing", id="missing"
         ),
         pytest.param(json.dumps(REQUEST | {"user": 7}), "request 0: user is 7; give a string", id="user"),
-        pytest.param(json.dumps(REQUEST | {"history": 7}), "request 0: history is 7; give a list", id="history"),
-        pytest.param(
-            json.dumps(REQUEST | {"profile": {"age": 10}}), "request 0: profile: age of user 0 is 10; ids", id="profile"
-        ),
-        pytest.param(
-            json.dumps(REQUEST | {"candidates": [{"item_id": 4}, {"item_id": 10}]}),
-            "request 0: candidates: item_id of candidate 1 is 10",
-            id="candidate",
-        ),
         pytest.param("\ud800".encode("utf-8", "surrogatepass") + b"{", "cannot be read as JSON", id="not-utf8"),
     ],
 )
@@ -397,6 +389,31 @@ def test_wrong_request_files(tmp_path: Path, text: str | bytes, words: str) -> N
     with pytest.raises(DataError) as caught:
         read_requests(path, small_logs().schema)
     assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param({"history": 7}, "history is 7; give a list", id="history"),
+        pytest.param({"profile": {"age": 10}}, "profile: age of user 0 is 10; ids", id="profile"),
+        pytest.param(
+            {"candidates": [{"item_id": 4}, {"item_id": 10}]},
+            "candidates: item_id of candidate 1 is 10",
+            id="candidate",
+        ),
+    ],
+)
+def test_wrong_values_are_found_once_and_say_where_they_stand(tmp_path: Path, change: Any, words: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps([REQUEST, REQUEST | change]))
+    schema = small_logs().schema
+    encoder = RequestEncoder(schema=schema, merge="time", pyramid=Pyramid(max_history=8, keep=(8,), chunk=1))
+    good, wrong = read_requests(path, schema)
+    assert encoder.inputs([encoder.parse(good)])["candidate_item_id"].tolist() == [[4]]
+    with pytest.raises(DataError) as caught:
+        encoder.parse(wrong, "request 5")
+    assert str(caught.value).startswith(f"{path}: request 1: {words}")
     assert "\n" not in str(caught.value)
 
 

@@ -93,7 +93,7 @@ def test_counters_are_what_happened(
             at[user] += int(rng.integers(0, 5))
         batch = [upto(lives[user], at[user], int(rng.integers(1, 20))) for user in chosen]
         found = ranker.rank_batch(batch)
-        for first in range(0, len(batch), ranker.cache.working):  # the users of a pass share their times
+        for first in range(0, len(batch), ranker.cache.compute_slots):  # the users of a pass share their times
             components.update(found[first].seconds.keys() - ({"encode"} if first else set()))  # of all, once
             seconds += found[first].seconds["decode"]
         for scores in found:
@@ -122,12 +122,12 @@ def test_a_state_that_finds_no_room_is_counted(
 ) -> None:
     ranker, _ = cached(backend.bundle, backend, slots=2, metrics=Metrics(registry))
     rank(ranker, upto(lives["a"], 10))
-    (key,) = ranker.cache.held()
+    (key,) = ranker.cache.entries()
     with ranker.cache.use([key]):
         assert rank(ranker, upto(lives["b"], 10)).result == "prefill"
     samples = scrape(registry)
     assert value(samples, "states_gone_total", reason="turned_away") == 1
-    assert list(ranker.cache.held()) == [key]
+    assert list(ranker.cache.entries()) == [key]
 
 
 def test_drift_is_observed_where_it_was_measured(

@@ -11,11 +11,11 @@ from onetrans.errors import ExportError
 from onetrans.export.arguments import arguments, as_call
 from onetrans.export.capture import capture_model
 from onetrans.export.models.base import adapt
-from onetrans.export.passes import DEFAULT
 from onetrans.export.passes.base import Changed, Pass, run_pass, run_passes, unsound
 from onetrans.export.passes.dead_code import DeadCode
 from onetrans.export.passes.drop_past import DropPast
 from onetrans.export.passes.keep_rows import KeepRows
+from onetrans.export.passes.pipeline import DEFAULT
 from onetrans.export.program import Program
 from onetrans.export.rebuild import DROP, rebuild
 from onetrans.export.split import extract, split

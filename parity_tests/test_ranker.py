@@ -107,6 +107,14 @@ def start_of(ranker: Ranker, events: int) -> int:
     return ranker.bundle.manifest.pyramid.starts(events)[0]
 
 
+def user_inputs(ranker: Ranker, request: Request) -> Arrays:
+    return ranker.encoder.user_inputs([ranker.encoder.parse(request)])
+
+
+def candidate_inputs(ranker: Ranker, request: Request) -> Arrays:
+    return ranker.encoder.candidate_inputs([ranker.encoder.parse(request)])[0]
+
+
 def prefilled(ranker: Ranker, request: Request, events: int) -> StatePool:
     """A pool whose one slot holds the state of the first `events` events."""
     pool = ranker.backend.allocate(1)
@@ -153,7 +161,7 @@ def test_an_appended_state_is_the_prefilled_one(ranker: Ranker, steps: list[int]
     print(f"append {steps}: bit-equal {', '.join(exact)}; worst {max(errors.values()):.1e} relative")
     assert max(errors.values()) <= 1e-6, errors
     assert {"lengths", "k0", "v0"} <= {*exact, *(name for name, error in errors.items() if error <= 2e-7)}
-    candidates = ranker.encode_candidates(request.candidates)
+    candidates = candidate_inputs(ranker, request)
     assert relative(decode(ranker, appended, candidates), decode(ranker, fresh, candidates)) <= 2e-6
 
 
@@ -217,8 +225,8 @@ def test_probabilities_are_the_logits_sigmoid() -> None:
 def test_a_batch_of_users_gives_what_each_gets_alone(ranker: Ranker) -> None:
     lengths = [0, 500, 1, 64, 130, 63]
     requests = [make(ranker, events, 23, seed=index) for index, events in enumerate(lengths)]
-    users = [ranker.encode_user(request.history, request.profile) for request in requests]
-    candidates = [ranker.encode_candidates(request.candidates) for request in requests]
+    users = [user_inputs(ranker, request) for request in requests]
+    candidates = [candidate_inputs(ranker, request) for request in requests]
     batch = {name: np.concatenate([c[name] for c in candidates]) for name in candidates[0]}
     widest = max(user["event_behaviour"].shape[1] for user in users)
     user_batch = {}
@@ -238,10 +246,7 @@ def test_a_batch_of_users_gives_what_each_gets_alone(ranker: Ranker) -> None:
 def test_what_stands_in_the_padding_does_not_matter(ranker: Ranker) -> None:
     """Twelve more columns of real-looking ids and huge prices behind the history change nothing, in any state."""
     request = make(ranker, 65, 40, seed=5)
-    user, candidates = (
-        ranker.encode_user(request.history, request.profile),
-        ranker.encode_candidates(request.candidates),
-    )
+    user, candidates = user_inputs(ranker, request), candidate_inputs(ranker, request)
     clean, dirty = dict(user), dict(user)
     for name, column in user.items():
         if name.startswith("event_"):

@@ -111,8 +111,8 @@ class Users(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ranker, self.pool = cached(self.bundle, self.backend, slots=SLOTS, working=WORKING, ttl=TTL)
-        assert (self.ranker.cache.working, self.ranker.cache.capacity) == (WORKING, CAPACITY)
+        self.ranker, self.pool = cached(self.bundle, self.backend, slots=SLOTS, compute_slots=WORKING, ttl=TTL)
+        assert (self.ranker.cache.compute_slots, self.ranker.cache.capacity) == (WORKING, CAPACITY)
         self.now = 0.0
         self.ranker.cache.clock = lambda: self.now
         self.model = Model()
@@ -232,9 +232,9 @@ class Users(RuleBasedStateMachine):
     @invariant()
     def everything_is_in_its_place(self) -> None:
         self.ranker.check_integrity()
-        held = self.ranker.cache.held()
-        assert [user for _, user in held] == list(self.model.known)
-        assert all(held.tokens == len(self.model.known[user].events) for (_, user), held in held.items())
+        entries = self.ranker.cache.entries()
+        assert [user for _, user in entries] == list(self.model.known)
+        assert all(entry.tokens == len(self.model.known[user].events) for (_, user), entry in entries.items())
         assert {name: slab.ctypes.data for name, slab in self.pool.slabs.items()} == self.addresses
         assert self.ranker.cache.counts["evicted"] == self.model.evicted
 

@@ -22,7 +22,7 @@ from parity_tests.states import (
     cached,
     contents,
     difference,
-    held_of,
+    entry_of,
     people,
     rank,
     rank_new,
@@ -87,10 +87,10 @@ def test_an_append_writes_behind_what_is_there(
     ranker, pool = cached(opened, backend, slots=8)
     rank(ranker, upto(lives["b"], 50))
     rank(ranker, upto(lives["a"], old))
-    slot = held_of(ranker, "a").slot
+    slot = entry_of(ranker, "a").slot
     before = [raw(pool, s) for s in range(pool.slots)]
     assert rank(ranker, upto(lives["a"], new)).result == "append"
-    assert held_of(ranker, "a").slot == slot
+    assert entry_of(ranker, "a").slot == slot
     starts = opened.manifest.pyramid.key_starts(new)
     for name, tensor in pool.tensors.items():
         if not tensor.is_window:
@@ -113,7 +113,7 @@ def test_a_prefill_goes_to_another_slot_and_frees_the_old_one(
         before = raw(pool, slots[-1]) if slots else {}
         assert rank(ranker, upto(lives["a"], events)).result == "prefill"
         assert not slots or same_bits(raw(pool, slots[-1]), before)
-        slots.append(held_of(ranker, "a").slot)
+        slots.append(entry_of(ranker, "a").slot)
     assert slots[0] == slots[2] != slots[1]
 
 
@@ -146,25 +146,25 @@ def test_another_context_is_taken_over_without_a_prefill(
     ranker, pool = cached(opened, backend, slots=8)
     request = upto(lives["a"], events)
     rank(ranker, request)
-    before = pool.read(held_of(ranker, "a").slot)
+    before = pool.read(entry_of(ranker, "a").slot)
     other = dataclasses.replace(request, profile=lives["b"].profile)
     scores = rank(ranker, other)
     assert (scores.result, scores.fresh) == ("reuse", 0)
     reference.check_request(scores, other)
     # far beyond any rounding: the context matters, so an old one would show
     assert difference(scores.logits, rank_new(ranker, request).logits) > 1e-3
-    after = pool.read(held_of(ranker, "a").slot)
+    after = pool.read(entry_of(ranker, "a").slot)
     assert all(np.array_equal(after[n], before[n]) for n, tensor in pool.tensors.items() if tensor.is_window)
     print(f"{events} events, other context: {same_bits(scores.logits, rank_new(ranker, other).logits)}")
 
 
 def corrupt_lengths(ranker: Ranker, pool: HostPool) -> None:
-    pool.slabs["lengths"][held_of(ranker, "a").slot, -1] += 1
+    pool.slabs["lengths"][entry_of(ranker, "a").slot, -1] += 1
 
 
 def corrupt_tokens(ranker: Ranker, pool: HostPool) -> None:
-    key, held = next(iter(ranker.cache.held().items()))
-    ranker.cache._entries[key] = dataclasses.replace(held, tokens=held.tokens + 1)
+    key, entry = next(iter(ranker.cache.entries().items()))
+    ranker.cache._entries[key] = dataclasses.replace(entry, tokens=entry.tokens + 1)
 
 
 @pytest.mark.parametrize("corrupt", [corrupt_lengths, corrupt_tokens])
@@ -225,10 +225,10 @@ def test_a_failed_prefill_leaves_no_trace(
 ) -> None:
     """Two graph runs: the windows of 400 and 130 events, then that of 5, which fails once the first are stored."""
     ranker = warm(opened, backend, lives)
-    before, states = ranker.cache.held(), contents(ranker)
+    before, states = ranker.cache.entries(), contents(ranker)
     requests = [upto(lives["d"], 400), upto(lives["b"], 130), upto(lives["e"], 5), upto(lives["a"], 75)]
     fails(ranker, backend, requests, "prefill", run)
-    assert ranker.cache.held() == before
+    assert ranker.cache.entries() == before
     assert same_contents(contents(ranker), states)
     ranks_right(ranker, reference, requests, ["prefill", "prefill", "prefill", "append"])
 
@@ -239,12 +239,12 @@ def test_a_failed_append_leaves_the_states_as_they_were(
 ) -> None:
     """Two graph runs, of 20 new events and of 2; what was prefilled in the same pass is whole and stays."""
     ranker = warm(opened, backend, lives)
-    before, states = ranker.cache.held(), contents(ranker)
+    before, states = ranker.cache.entries(), contents(ranker)
     requests = [upto(lives["a"], 90), upto(lives["b"], 102), upto(lives["d"], 5), upto(lives["c"], 330)]
     fails(ranker, backend, requests, "append", run)
-    after, kept = ranker.cache.held(), contents(ranker)
+    after, kept = ranker.cache.entries(), contents(ranker)
     new = next(key for key in after if key[1] == "d")
-    assert {key: held for key, held in after.items() if key != new} == before
+    assert {key: entry for key, entry in after.items() if key != new} == before
     del kept[new]
     assert same_contents(kept, states)
     ranks_right(ranker, reference, requests, ["append", "append", "reuse", "reuse"])
@@ -255,14 +255,14 @@ def test_a_failed_decode_leaves_whole_states(
 ) -> None:
     """What was computed before it is whole, so it stays; what was only read is as it was."""
     ranker = warm(opened, backend, lives)
-    before, states = ranker.cache.held(), contents(ranker)
+    before, states = ranker.cache.entries(), contents(ranker)
     reused = [upto(lives["a"], 70), upto(lives["b"], 100)]
     fails(ranker, backend, reused, "decode")
-    assert ranker.cache.held() == before
+    assert ranker.cache.entries() == before
     assert same_contents(contents(ranker), states)
     computed = [upto(lives["a"], 71), upto(lives["b"], 130), upto(lives["d"], 5)]
     fails(ranker, backend, computed, "decode")
-    assert held_of(ranker, "c") == next(held for (_, user), held in before.items() if user == "c")
+    assert entry_of(ranker, "c") == next(entry for (_, user), entry in before.items() if user == "c")
     ranks_right(ranker, reference, computed, ["reuse", "reuse", "reuse"])
 
 
@@ -272,9 +272,9 @@ def test_a_failed_stale_request_leaves_the_exact_state(
 ) -> None:
     """Its windows are moved in another slot; the prefill is that of the drift."""
     ranker = warm(opened, backend, lives, reuse="stale", drift_every=1)
-    before, states = ranker.cache.held(), contents(ranker)
+    before, states = ranker.cache.entries(), contents(ranker)
     fails(ranker, backend, [upto(lives["b"], 130)], graph)
-    assert ranker.cache.held() == before
+    assert ranker.cache.entries() == before
     assert same_contents(contents(ranker), states)
     assert rank(ranker, upto(lives["b"], 130)).result == "stale"
 
@@ -282,7 +282,7 @@ def test_a_failed_stale_request_leaves_the_exact_state(
 def test_failures_without_a_cache_give_the_slots_back(
     opened: Bundle, backend: Watched, lives: dict[str, Request]
 ) -> None:
-    ranker = Ranker(opened, backend, CacheConfig(working=2))
+    ranker = Ranker(opened, backend, CacheConfig(compute_slots=2))
     for graph in ("prefill", "decode", "prefill"):
         fails(ranker, backend, [upto(lives["a"], 10), upto(lives["b"], 10)], graph)
     assert len(ranker.rank_batch([upto(lives[user], 10) for user in "ab"])) == 2

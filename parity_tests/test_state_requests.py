@@ -44,7 +44,7 @@ def lives(backend: OnnxRuntimeCpu) -> dict[str, Request]:
 
 @pytest.fixture
 def ranker(backend: OnnxRuntimeCpu) -> Ranker:
-    return cached(backend.bundle, backend, slots=16, working=3)[0]
+    return cached(backend.bundle, backend, slots=16, compute_slots=3)[0]
 
 
 # --- batches
@@ -85,7 +85,7 @@ def test_a_batch_gives_what_each_gets_alone_in_the_order_given(
             reference.check(single.logits, gold)
         kinds.update(scores.result for scores in together)
     assert kinds == {"prefill", "append", "reuse"}
-    assert {user for _, user in ranker.cache.held()} == set(NAMES) - set(NAMES[::4])
+    assert {user for _, user in ranker.cache.entries()} == set(NAMES) - set(NAMES[::4])
 
 
 def test_an_empty_batch_has_no_scores(ranker: Ranker) -> None:
@@ -96,7 +96,7 @@ def test_unnamed_users_leave_nothing_behind(ranker: Ranker, lives: dict[str, Req
     request = dataclasses.replace(upto(lives["user0"], 50, 3), user="")
     for _ in range(2):
         assert [scores.result for scores in ranker.rank_batch([request, request])] == ["prefill", "prefill"]
-    assert ranker.cache.held() == {}
+    assert ranker.cache.entries() == {}
 
 
 # --- bad input
@@ -141,14 +141,14 @@ def test_one_bad_request_of_a_batch_is_named_and_nothing_is_ranked(
 ) -> None:
     """It stands in the second pass, so a check that comes late would have ranked the first."""
     ranker.rank_batch([upto(lives[user], 70, 3) for user in NAMES[:5]])
-    before, states = ranker.cache.held(), contents(ranker)
+    before, states = ranker.cache.entries(), contents(ranker)
     batch = [upto(lives[user], 90, 3) for user in NAMES[:6]]
     batch[4] = spoil(batch[4])
     with pytest.raises(DataError) as caught:
         ranker.rank_batch(batch)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
-    assert list(ranker.cache.held().items()) == list(before.items())
+    assert list(ranker.cache.entries().items()) == list(before.items())
     assert same_contents(contents(ranker), states)
     ranker.check_integrity()
 
@@ -156,10 +156,10 @@ def test_one_bad_request_of_a_batch_is_named_and_nothing_is_ranked(
 def test_a_single_bad_request_touches_nothing(ranker: Ranker, lives: dict[str, Request]) -> None:
     rank(ranker, upto(lives["user0"], 70, 3))
     rank(ranker, upto(lives["user1"], 70, 3))
-    before = list(ranker.cache.held().items())
+    before = list(ranker.cache.entries().items())
     with pytest.raises(DataError, match=r"^history: timestamp"):
         rank(ranker, backwards(upto(lives["user0"], 80, 3)))
-    assert list(ranker.cache.held().items()) == before
+    assert list(ranker.cache.entries().items()) == before
 
 
 def test_memory_for_less_than_two_users_is_refused(tiny_bundle: Path, backend: OnnxRuntimeCpu) -> None:
@@ -216,7 +216,7 @@ def assert_refused(
 ) -> None:
     request = upto(lives["user0"], 70, 3)
     scores = rank(ranker, request)
-    before, states, version = ranker.cache.held(), contents(ranker), ranker.bundle
+    before, states, version = ranker.cache.entries(), contents(ranker), ranker.bundle
     spoil()
     with pytest.raises(BundleError) as caught:
         ranker.reload(path)
@@ -224,7 +224,7 @@ def assert_refused(
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ranker.bundle is version
-    assert ranker.cache.held() == before
+    assert ranker.cache.entries() == before
     assert same_contents(contents(ranker), states)
     again = rank(ranker, request)
     assert again.result == "reuse"
@@ -237,7 +237,7 @@ def test_states_of_other_weights_are_never_used(tiny_bundle: Path, lives: dict[s
     ranker = Ranker.open(tiny_bundle, options=BackendOptions(threads=1), cache=CacheConfig(state_memory=16 * one))
     old = [rank(ranker, upto(lives[user], 70, 5)) for user in NAMES]
     ranker.reload(newer)
-    assert ranker.cache.held() == {}
+    assert ranker.cache.entries() == {}
     assert ranker.bundle.path == newer
     fresh = Ranker.open(newer, options=BackendOptions(threads=1))
     for user, before in zip(NAMES, old, strict=True):
@@ -269,7 +269,7 @@ def test_a_request_under_way_leaves_no_state_of_the_old_version(
     monkeypatch.setattr(ranker.backend, "prefill", reload_first)
     rank(ranker, upto(lives["user0"], 70, 3))
     assert reloads == [newer]
-    assert ranker.cache.held() == {}  # what the request made after the reload is of the old version
+    assert ranker.cache.entries() == {}  # what the request made after the reload is of the old version
     ranker.check_integrity()
 
 

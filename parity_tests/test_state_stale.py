@@ -10,7 +10,7 @@ import pytest
 from onetrans.features.requests import Request
 from onetrans.runtime import Ranker, Scores
 from onetrans.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from parity_tests.states import Reference, cached, difference, held_of, people, rank, rank_new, same_bits, upto
+from parity_tests.states import Reference, cached, difference, entry_of, people, rank, rank_new, same_bits, upto
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_after_a_measured_drift_the_state_is_exact_again(backend: OnnxRuntimeCpu
         crosses = after != 170
         scores = rank(ranker, upto(lives["a"], after))
         assert (scores.result, scores.drift is not None) == ("stale" if crosses else "append", crosses)
-        assert held_of(ranker, "a").crossings == 0
+        assert entry_of(ranker, "a").crossings == 0
         ranker.check_integrity()
         again = rank(ranker, upto(lives["a"], after))
         assert (again.result, again.drift) == ("reuse", None)
@@ -104,14 +104,14 @@ def test_a_state_is_carried_across_so_many_anchors(
     for events, crossings in CARRIED:
         scores = rank(ranker, upto(lives["a"], events))
         assert scores.result == ("stale" if crossings else "prefill")
-        assert held_of(ranker, "a").crossings == crossings
+        assert entry_of(ranker, "a").crossings == crossings
         assert scores.drift is None
         ranker.check_integrity()
     last = upto(lives["a"], 258)
     scores = rank(ranker, last)
     assert scores.result == "prefill"
     reference.check_request(scores, last)
-    assert held_of(ranker, "a").crossings == 0
+    assert entry_of(ranker, "a").crossings == 0
 
 
 def test_the_windows_of_a_carried_state_are_those_of_its_length(
@@ -121,10 +121,10 @@ def test_the_windows_of_a_carried_state_are_those_of_its_length(
     ranker = opened(backend)
     for events in (100, 130, 150):
         rank(ranker, upto(lives["a"], events))
-    stale = ranker.pool.read(held_of(ranker, "a").slot)
+    stale = ranker.pool.read(entry_of(ranker, "a").slot)
     exact_ranker = opened(backend)
     rank(exact_ranker, upto(lives["a"], 150))
-    exact = exact_ranker.pool.read(held_of(exact_ranker, "a").slot)
+    exact = exact_ranker.pool.read(entry_of(exact_ranker, "a").slot)
     assert {name: value.shape for name, value in stale.items()} == {name: v.shape for name, v in exact.items()}
     for name in ("k0", "v0"):
         # Rows that were computed together with others: a unit or so in the last place of float32.

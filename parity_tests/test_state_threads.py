@@ -149,7 +149,7 @@ def test_every_score_is_right_whoever_else_is_served(
 ) -> None:
     """Five threads: users grow step by step, go back in time, come in batches, and are invalidated now and then."""
     backend = Exclusive(opened, BackendOptions(threads=1))
-    ranker, _ = cached(opened, backend, slots=slots, working=2)
+    ranker, _ = cached(opened, backend, slots=slots, compute_slots=2)
     at = dict.fromkeys(users, 0)  # shared by the threads, as users are
     kinds: list[str] = []
 
@@ -255,15 +255,15 @@ def test_an_invalidation_waits_for_the_request_under_way(opened: Bundle, request
 def test_an_invalidation_reaches_a_state_on_its_way_to_the_disk(
     opened: Bundle, requests: dict[str, list[Request]], tmp_path: Path
 ) -> None:
-    """b drives a out of the memory; a is neither there nor in the spill file until b's request ends."""
+    """b drives a out of the memory; a is neither there nor in the offload file until b's request ends."""
     backend = Watched(opened, BackendOptions(threads=1))
-    spill = {"spill": tmp_path, "spill_memory": 4 * opened.manifest.bytes_per_user}
-    ranker, _ = cached(opened, backend, slots=2, **spill)
+    offload = {"offload": tmp_path, "offload_memory": 4 * opened.manifest.bytes_per_user}
+    ranker, _ = cached(opened, backend, slots=2, **offload)
     rank(ranker, requests["a"][6])
     gate, crowd, forgotten = Gate(backend, "decode"), Together(), []
     crowd.start(lambda: rank(ranker, requests["b"][6]))
     assert gate.reached.wait(PATIENCE)
-    assert [user for _, user in ranker.cache.held()] == ["b"]
+    assert [user for _, user in ranker.cache.entries()] == ["b"]
     waits(crowd.start(lambda: forgotten.append(ranker.invalidate("a"))))
     gate.open()
     crowd.end()
@@ -280,7 +280,7 @@ def test_where_no_slot_is_left_to_work_in_a_prefill_waits_and_a_reuse_does_not(
 ) -> None:
     backend = Watched(opened, BackendOptions(threads=1))
     ranker, _ = cached(opened, backend, slots=4)
-    assert ranker.cache.working == 1
+    assert ranker.cache.compute_slots == 1
     rank(ranker, requests["a"][6])
     found: dict[str, Scores] = {}
 
@@ -309,7 +309,7 @@ def test_batches_without_a_cache_wait_for_slots_too(
     golds: dict[str, list[dict[str, np.ndarray]]],
     reference: Reference,
 ) -> None:
-    ranker = Ranker(opened, Exclusive(opened, BackendOptions(threads=1)), CacheConfig(working=3))
+    ranker = Ranker(opened, Exclusive(opened, BackendOptions(threads=1)), CacheConfig(compute_slots=3))
 
     def work() -> None:
         for index in range(len(LENGTHS)):
@@ -322,7 +322,7 @@ def test_batches_without_a_cache_wait_for_slots_too(
             crowd.start(work)
         crowd.end()
     assert ranker.backend.clashes == []
-    assert ranker.cache.held() == {}
+    assert ranker.cache.entries() == {}
 
 
 def test_requests_work_across_reloads(

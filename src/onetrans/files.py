@@ -78,11 +78,12 @@ def _touch(place: Path) -> None:
 @contextmanager
 def _unfinished(path: Path, make: Callable[[Path], None], *, replace: bool = False) -> Iterator[Path]:
     """Makes something beside `path`, in a folder made where it must be; where the block fails, all of it vanishes."""
-    if not replace:
-        _refuse_existing(path)
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     place = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.unfinished"
+    made: list[Path] = []
     try:
+        if not replace:
+            _refuse_existing(path)
+        made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(path)
         make(place)
@@ -97,10 +98,12 @@ def _unfinished(path: Path, make: Callable[[Path], None], *, replace: bool = Fal
 
 
 def _remove(place: Path, folders: list[Path]) -> None:
-    if place.is_dir():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.unlink(missing_ok=True)
+    """Removes what it can; where the disk refuses, the error that led here is the one to report."""
+    with suppress(OSError):
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
     for folder in folders:
         with suppress(OSError):  # never made, or another process fills it
             folder.rmdir()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onetrans.errors import ConfigError, DataError
+from onetrans.features.encoder import RequestEncoder
 from onetrans.features.random_requests import random_request
 from onetrans.features.requests import Request, read_requests
 from onetrans.runtime.manifest import Manifest
@@ -70,15 +71,16 @@ def random_requests(load: LoadConfig, manifest: Manifest) -> Iterator[Request]:
 
 
 def file_requests(path: str | Path, manifest: Manifest) -> list[Request]:
-    """The requests of a JSON file or a log folder, checked against the bundle.
+    """The requests of a JSON file or a log folder, each value checked before anything is measured.
 
     Raises:
         DataError: The file cannot be read, or a request does not fit the schema or the bundle's bounds.
     """
     requests = read_requests(path, manifest.schema)
     low, high = manifest.bounds["C"]
+    encoder = RequestEncoder(schema=manifest.schema, merge=manifest.merge, pyramid=manifest.pyramid)
     for index, request in enumerate(requests):
-        count = candidate_count(request.candidates)
+        count = encoder.parse(request).count
         if not low <= count <= high:
             name = request.request or index
             raise DataError(f"{path}: request {name} has {count} candidates; this bundle takes {low} to {high}")

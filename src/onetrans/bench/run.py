@@ -15,7 +15,7 @@ from onetrans.errors import ConfigError
 from onetrans.features.requests import Request
 from onetrans.runtime.ranker import Ranker
 
-COMPONENTS = ("encode", "load", "prefill", "append", "decode", "drift", "spill", "whole")
+COMPONENTS = ("encode", "load", "prefill", "append", "decode", "drift", "offload", "whole")
 REQUESTS = 200
 WARMUP = 10
 GARBAGE_COLLECTOR = "collected before, off while measuring"

@@ -16,7 +16,20 @@ from onetrans.bench.report import latency_table
 from onetrans.bench.run import REQUESTS, bench_ranker
 from onetrans.bench.stats import LEAST_SAMPLES
 from onetrans.cli.cache import cache_options
-from onetrans.cli.console import print_json, print_table, stages, stderr
+from onetrans.cli.console import bundle_json, print_json, print_table, stages, stderr
+from onetrans.cli.options import (
+    FROM_0,
+    FROM_1,
+    Choice,
+    Verb,
+    Whole,
+    bundle_argument,
+    device_option,
+    file_option,
+    json_option,
+    threads_option,
+    typed_options,
+)
 from onetrans.errors import ConfigError
 from onetrans.parity.cases import read_cases
 from onetrans.parity.verify import check, verify
@@ -25,60 +38,95 @@ from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker
 
 CANDIDATES = 100
+SHAPE = ("candidates", "events", "spread", "seed")  # options that shape random requests
 
 
-@click.command("bench")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--requests", default=REQUESTS, show_default=True, help=f"To measure; at least {LEAST_SAMPLES}, better 200 or more."
+@click.command(
+    "bench",
+    cls=Verb,
+    examples=(
+        "onetrans bench bundle --candidates 100 --threads 2",
+        "onetrans bench bundle --input requests.json --state-memory 1GiB --record record.json",
+    ),
 )
-@click.option("--candidates", type=int, help=f"Of each random request.  [default: {CANDIDATES}]")
-@click.option("--events", type=int, help="Of each random history.  [default: the model's full history]")
-@click.option("--spread", type=click.Choice(SPREADS), help="Sizes as stated, or uniform up to them.  [default: fixed]")
-@click.option("--seed", type=int, help="Of the random requests.  [default: 0]")
+@bundle_argument
 @click.option(
-    "--input", "source", type=click.Path(path_type=Path), help="Requests from a JSON file or a log folder instead."
+    "--requests",
+    type=Whole(min=LEAST_SAMPLES),
+    default=REQUESTS,
+    show_default=True,
+    help=f"The number of requests to measure; fewer than {REQUESTS} give rough p95 and p99.",
 )
-@click.option("--threads", type=int, help="Of the backend.  [default: its own choice]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
-    "--record", type=click.Path(path_type=Path, dir_okay=False), help="Write raw samples and environment to this file."
+    "--candidates",
+    type=FROM_1,
+    default=CANDIDATES,
+    show_default=True,
+    help="The number of candidates in each random request.",
+)
+@click.option(
+    "--events",
+    type=FROM_0,
+    show_default="the model's full history",
+    help="The number of events in each random history.",
+)
+@click.option(
+    "--spread",
+    type=Choice(SPREADS),
+    default=SPREADS[0],
+    show_default=True,
+    help="The sizes of random requests: fixed at --events and --candidates, or uniform up to them.",
+)
+@click.option(
+    "--seed", type=FROM_0, default=0, show_default=True, help="The seed of the random requests, a whole number."
+)
+@click.option(
+    "--input",
+    "source",
+    type=click.Path(path_type=Path),
+    show_default="random requests",
+    help="The requests: a JSON file, or a folder of Parquet logs.",
+)
+@device_option
+@threads_option
+@json_option
+@file_option(
+    "--record",
+    show_default="none",
+    help="The JSON file to write raw samples and the environment to; an older one there is replaced.",
 )
 @cache_options
 def bench_command(
     bundle: Path,
     requests: int,
-    candidates: int | None,
+    candidates: int,
     events: int | None,
-    spread: str | None,
-    seed: int | None,
+    spread: str,
+    seed: int,
     source: Path | None,
+    device: str | None,
     threads: int | None,
     as_json: bool,
     record: Path | None,
     cache: CacheConfig | None,
 ) -> None:
-    """Measure p50, p95 and p99 of encode, prefill, append, decode and the whole request.
+    """Measure the latency of a bundle.
 
-    The bundle is verified first: no speed comes from a bundle that is too far from gold.
+    BUNDLE is a folder that `onetrans export` wrote. Shown are p50, p95 and p99 of encode, prefill, append, decode and
+    the whole request. The bundle is verified first: no latency is reported where its scores are wrong.
     """
-    if requests < LEAST_SAMPLES:
-        raise ConfigError(f"--requests is {requests}; it must be at least {LEAST_SAMPLES}, better {REQUESTS} or more")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"--threads is {threads}; it must be at least 1")
-    given = {"--candidates": candidates, "--events": events, "--spread": spread, "--seed": seed}
-    if source is not None and any(value is not None for value in given.values()):
-        name = next(name for name, value in given.items() if value is not None)
-        raise ConfigError(f"{name} shapes random requests, but --input {source} brings its own; drop one of them")
+    if source is not None:
+        for name in typed_options(*SHAPE):
+            raise ConfigError(f"{name} shapes random requests, but --input {source} brings its own; drop one of them")
     if cache is not None and source is None:
         raise ConfigError("--state-memory keeps states of returning users, which random requests are not; give --input")
-    ranker = Ranker.open(bundle, options=BackendOptions(threads=threads), cache=cache)
+    ranker = Ranker.open(bundle, device=device, options=BackendOptions(threads=threads), cache=cache)
     manifest = ranker.bundle.manifest
     load = LoadConfig(
         events=manifest.pyramid.max_history if events is None else events,
-        candidates=CANDIDATES if candidates is None else candidates,
-        spread=spread or "fixed",
-        seed=seed or 0,
+        candidates=candidates,
+        spread=spread,
+        seed=seed,
     )
     if source is None:
         check_bounds(load, manifest)
@@ -106,14 +154,15 @@ def bench_command(
     if record is not None:
         write_json(record, made)
     if as_json:
-        print_json({name: value for name, value in made.items() if name != "samples"})
+        shown = {name: value for name, value in made.items() if name != "samples"}
+        print_json({**shown, "bundle": {**made["bundle"], **bundle_json(ranker.bundle)}})
     else:
         print_table(latency_table(made))
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal that is drawn between requests, and a line at the ends elsewhere."""
+    """Shows a bar on a terminal, drawn between requests, and a line at the ends elsewhere."""
     console = stderr()
     if not console.is_terminal:
 

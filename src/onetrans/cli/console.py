@@ -7,10 +7,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from onetrans.runtime.bundle import Bundle
 
 
 def stderr() -> Console:
@@ -19,8 +22,21 @@ def stderr() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout, and nothing else; NaN and infinity, which JSON lacks, become null."""
+    """Prints one JSON object on stdout, and nothing else; NaN and infinity, which JSON lacks, become null."""
     sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")  # ASCII, whatever the terminal's encoding
+
+
+def bundle_json(bundle: Bundle) -> dict[str, str]:
+    """What every JSON output says of a bundle, under `bundle`."""
+    manifest = bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "name": manifest.name,
+        "target": manifest.target,
+        "device": manifest.device,
+        "precision": manifest.precision,
+        "weights_sha256": manifest.weights_sha256,
+    }
 
 
 def _finite(value: Any) -> Any:
@@ -32,7 +48,7 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(table: Table) -> None:
-    """A table on stdout, at full width where stdout is no terminal."""
+    """Prints a table on stdout, at full width where stdout is no terminal."""
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console = Console(highlight=False, emoji=False, width=160)
@@ -40,11 +56,11 @@ def print_table(table: Table) -> None:
 
 
 @contextmanager
-def stages(what: str) -> Iterator[Callable[[str], None]]:
+def stages(title: str) -> Iterator[Callable[[str], None]]:
     """Shows the stage that runs: a spinner on a terminal, a line per stage elsewhere."""
     console = stderr()
     if not console.is_terminal:
-        yield lambda stage: console.print(f"{what}: {stage}", markup=False)
+        yield lambda stage: console.print(f"{title}: {stage}", markup=False)
         return
-    with console.status(what) as status:
-        yield lambda stage: status.update(f"{what}: {stage}")
+    with console.status(title) as status:
+        yield lambda stage: status.update(f"{title}: {stage}")

@@ -6,43 +6,51 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+from dataclasses import dataclass
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from onetrans import __version__
 from onetrans.cli.console import print_json, print_table
+from onetrans.cli.options import Verb, json_option
+from onetrans.runtime import targets
 
-PACKAGES = (
-    "numpy",
-    "safetensors",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "pyarrow",
-    "torch",
-    "onnx",
-    "onnxscript",
-    "triton",
-)
-NEEDS = {
-    "serve an onnx bundle": ("onnxruntime",),
-    "read and write Parquet logs": ("pyarrow",),
-    "train": ("torch", "pyarrow"),
-    "export to onnx": ("torch", "onnx", "onnxscript", "onnxruntime"),
-}
-ALTERNATIVES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
-EXTRAS = {"serve an onnx bundle": "serve", "read and write Parquet logs": "serve"}
+OWN_PACKAGES = ("numpy", "safetensors", "pyarrow", "triton")
 
 
-@click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@dataclass(frozen=True)
+class Ability:
+    """Something that this machine can do if packages are there; of those in one tuple any one will do."""
+
+    name: str
+    packages: tuple[tuple[str, ...], ...]
+    hint: str
+
+
+def abilities() -> list[Ability]:
+    """What any target of this installation, training and logs need."""
+    found = [
+        Ability("read and write Parquet logs", (("pyarrow",),), f'pip install "{targets.PACKAGE}[serve]"'),
+        Ability("train", (("torch",), ("pyarrow",)), f'pip install "{targets.PACKAGE}[cpu]"'),
+    ]
+    for row in map(targets.find, targets.names()):
+        found.append(Ability(f"export to {row.name}", row.export_packages, row.install_hint(row.export_extra)))
+        found.append(Ability(f"serve {row.name} bundles", row.serve_packages, row.install_hint(row.serve_extra)))
+    return found
+
+
+@click.command("doctor", cls=Verb, examples=("onetrans doctor",))
+@json_option
 def doctor_command(as_json: bool) -> None:
-    """Say what this machine can run, and what to install for the rest."""
-    versions = {package: _version(package) for package in PACKAGES}
-    abilities = {}
-    for ability, packages in NEEDS.items():
-        missing = [p for p in packages if not any(versions[name] for name in ALTERNATIVES.get(p, (p,)))]
-        abilities[ability] = missing
+    """Say what this machine can run.
+
+    Where something is missing, the command that installs it is shown.
+    """
+    wanted = abilities()
+    versions = {package: _version(package) for package in dict.fromkeys((*OWN_PACKAGES, *targets.packages()))}
+    missing = {one.name: [names[0] for names in one.packages if not any(map(_version, names))] for one in wanted}
     devices = cuda_devices()
     found = {
         "onetrans-export": __version__,
@@ -50,20 +58,20 @@ def doctor_command(as_json: bool) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "cuda_devices": devices,
         "packages": versions,
-        "missing": abilities,
+        "missing": missing,
     }
     if as_json:
         print_json(found)
         return
     table = Table(title=f"onetrans-export {__version__}, Python {platform.python_version()}, {found['machine']}")
-    table.add_column("what")
+    table.add_column("part")
     table.add_column("state")
     for package, version in versions.items():
         table.add_row(package, version or "[dim]not installed[/]")
     table.add_row("CUDA devices", str(devices) if devices is not None else "[dim]no driver[/]")
-    for ability, missing in abilities.items():
-        hint = f'needs {", ".join(missing)}: pip install "onetrans-export\\[{EXTRAS.get(ability, "cpu")}]"'
-        table.add_row(ability, f"[red]{hint}[/]" if missing else "[green]ready[/]")
+    for one in wanted:
+        hint = escape(f"needs {', '.join(missing[one.name])}: {one.hint}")
+        table.add_row(one.name, f"[red]{hint}[/]" if missing[one.name] else "[green]ready[/]")
     print_table(table)
 
 
@@ -75,7 +83,7 @@ def _version(package: str) -> str | None:
 
 
 def cuda_devices() -> int | None:
-    """Number of CUDA devices, asked of the driver itself; None where there is no driver."""
+    """Asks the driver itself for the number of CUDA devices; None where there is no driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

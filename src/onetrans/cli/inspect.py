@@ -9,38 +9,49 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from onetrans.cli.console import print_json, print_table, stderr
-from onetrans.cli.picture import draw_split
+from onetrans.cli.console import bundle_json, print_json, print_table, stderr
+from onetrans.cli.options import Verb, bundle_argument, file_option, json_option
+from onetrans.cli.picture import draw_split, shape_text
 from onetrans.errors import ConfigError, OutputExistsError
 from onetrans.files import replace_text
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.manifest import Manifest
 
 
-@click.command("inspect")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--svg", type=click.Path(path_type=Path), help="Where to draw the split; BUNDLE.svg if left out.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.command("inspect", cls=Verb, examples=("onetrans inspect bundle", "onetrans inspect bundle --svg split.svg"))
+@bundle_argument
+@file_option(
+    "--svg",
+    show_default="no picture",
+    help="The file to draw the split into, as SVG; an older picture there is replaced.",
+)
+@json_option
 def inspect_command(bundle: Path, svg: Path | None, as_json: bool) -> None:
-    """Show how the graph was split, and draw it."""
-    manifest = Bundle.open(bundle).manifest
-    picture = svg or bundle.resolve().with_name(f"{bundle.resolve().name}.svg")
-    if not picture.parent.is_dir() or picture.is_dir():
-        raise ConfigError(f"--svg {picture} cannot be written: give a file in a folder that exists")
-    _write_picture(picture, draw_split(manifest))
+    """Show how a bundle's graph was split, and draw it.
+
+    BUNDLE is a folder that `onetrans export` wrote. Shown are the graphs, the state that crosses from prefill to
+    decode, and what the split removed.
+    """
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    if svg is not None:
+        _write_picture(svg, draw_split(manifest))
     if as_json:
-        text = json.loads(manifest.dumps())
-        print_json({**text, "picture": str(picture)})
+        picture = None if svg is None else str(svg)
+        print_json({"bundle": bundle_json(opened), "picture": picture, **json.loads(manifest.dumps())})
         return
     print_table(_graphs(manifest))
     print_table(_cut(manifest))
     for line in _notes(manifest):
         click.echo(line)
-    stderr().print(f"drew {picture}", markup=False)
+    if svg is not None:
+        stderr().print(f"drew {svg}", markup=False)
 
 
 def _write_picture(path: Path, text: str) -> None:
     """Writes a picture whole or not at all, over nothing but an older picture."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError(f"--svg {path} cannot be written: give a file in a folder that exists")
     if path.exists() and not (path.is_file() and _is_picture(path)):
         raise OutputExistsError(f"--svg {path} exists already and is no picture; name another path or remove it")
     replace_text(path, text)
@@ -69,20 +80,19 @@ def _cut(manifest: Manifest) -> Table:
     table = Table(title=f"the cut: state, at most {total} bytes per user", title_justify="left")
     for column in ("tensor", "dtype", "shape", "tokens at most", "bytes per user"):
         table.add_column(column, justify="left" if column in ("tensor", "dtype", "shape") else "right")
-    for tensor in manifest.state:
-        shape = "[" + ", ".join(str(dim) for dim in tensor.dims) + "]"
-        tokens = str(tensor.shape_per_user[0]) if tensor.is_window else "–"
-        table.add_row(tensor.name, tensor.dtype, escape(shape), tokens, f"{tensor.bytes_per_user:,}")
+    for spec in manifest.state:
+        tokens = str(spec.state.capacity) if spec.is_window and spec.state else "–"
+        table.add_row(spec.name, spec.dtype, escape(shape_text(spec)), tokens, f"{spec.bytes_per_user:,}")
     return table
 
 
 def _notes(manifest: Manifest) -> list[str]:
     split = manifest.split
     dead, weights = split["dead"], split["dead_weights"]
-    chunk = manifest.pyramid.chunk
-    why = f"its {manifest.merge} merge" if manifest.merge != "time" else f"append_chunk {chunk}"
+    events = manifest.pyramid.chunk
+    why = f"its {manifest.merge} merge" if manifest.merge != "time" else f"windows that move with every {events} events"
     notes = [
-        f"append: exact until a history crosses a multiple of {chunk} events"
+        f"append: exact until a history crosses a multiple of {events} events"
         if manifest.can_append
         else f"append: never exact with {why}; states are reused as they are or prefilled",
         f"removed: {len(dead)} computations that feed nothing"

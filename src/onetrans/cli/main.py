@@ -17,21 +17,25 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from onetrans import __version__
 from onetrans.cli.console import stderr
+from onetrans.cli.options import did_you_mean, write_examples
 from onetrans.errors import MissingDependencyError, OneTransError
+from onetrans.runtime.targets import extra_of
 
 COMMANDS = {
-    "train": "train a preset on logs, or on synthetic ones",
-    "export": "turn a checkpoint into a verified bundle",
-    "verify": "compare a bundle with its float64 gold",
-    "inspect": "show how the graph was split, and draw it",
-    "score": "score requests from JSON or Parquet",
-    "bench": "measure p50, p95 and p99 per component",
-    "plan": "say how many machines a load needs",
-    "doctor": "say what this machine can run",
+    "train": "Train a model on logs, or on a synthetic log.",
+    "export": "Turn a checkpoint into a verified bundle.",
+    "verify": "Compare a bundle's scores with the float64 reference.",
+    "inspect": "Show how a bundle's graph was split, and draw it.",
+    "score": "Score requests with a bundle.",
+    "bench": "Measure the latency of a bundle.",
+    "plan": "Say how many machines a load needs, and what limits them.",
+    "doctor": "Say what this machine can run.",
 }
+EXAMPLES = ("onetrans --verbose verify bundle", "onetrans verify --help")
 
 
 class _LazyGroup(click.Group):
@@ -46,27 +50,43 @@ class _LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(f"onetrans.cli.{cmd_name}"), f"{cmd_name}_command")
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            hint = did_you_mean(args[0], list(COMMANDS)) or f" The commands are {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names the commands without importing them, which would take seconds at a press of a key."""
+        commands = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_examples(EXAMPLES, formatter)
+
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="onetrans")
+@click.version_option(__version__, prog_name="onetrans", help="Show the version and exit.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every pass and stage on stderr.")
 def cli(verbose: bool) -> None:
-    """OneTrans Export: a trained OneTrans goes in, a verified, servable bundle comes out."""
+    """Turn a trained OneTrans model into a verified bundle, and serve it."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("onetrans").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 def main() -> None:
-    """The `onetrans` command."""
+    """Run the `onetrans` command."""
     sys.exit(_start(sys.argv[1:]))
 
 
 def export_main() -> None:
-    """The `onetrans-export` command: the same as `onetrans export`."""
+    """Run the `onetrans-export` command, which is `onetrans export`."""
     sys.exit(_start(["export", *sys.argv[1:]]))
 
 
@@ -100,7 +120,7 @@ def run(command: click.Command, arguments: list[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "onetrans"):
             return _fail_internally(error)
-        extra = "serve" if package in ("onnxruntime", "pyarrow") else "cpu"
+        extra = "serve" if package == "pyarrow" else extra_of(package) or "cpu"
         needed = f'this needs {package}, which is not installed: pip install "onetrans-export[{extra}]"'
         return _fail(f"{needed} (`onetrans doctor` shows what is missing)", MissingDependencyError.exit_status)
     except OSError as error:

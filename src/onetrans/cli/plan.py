@@ -10,74 +10,139 @@ from typing import Any
 import click
 from rich.table import Table
 
-from onetrans.cli.console import print_json, print_table, stages
+from onetrans.cli.cache import SIZE
+from onetrans.cli.console import bundle_json, print_json, print_table, stages
+from onetrans.cli.options import (
+    ABOVE_0,
+    FROM_1,
+    Real,
+    Verb,
+    Whole,
+    bundle_argument,
+    device_option,
+    json_option,
+    threads_option,
+    typed_options,
+)
 from onetrans.errors import ConfigError
 from onetrans.runtime.backends.base import BackendOptions
 from onetrans.runtime.bundle import Bundle
-from onetrans.runtime.cache.config import CacheConfig, parse_bytes
+from onetrans.runtime.cache.config import CacheConfig
 from onetrans.runtime.ranker import Ranker
 from onetrans.runtime.targets import open_backend
-from onetrans.sizing.arrivals import Arrivals
+from onetrans.sizing.arrivals import BOUNDS, Arrivals
 from onetrans.sizing.costs import CANDIDATES, STATES, Costs, measure
 from onetrans.sizing.plan import LEAST_REQUESTS, MOST_REQUESTS, REQUESTS, Machine, Plan, make_plan
 
 SAMPLE = 1000  # users, and about as many requests, of whose histories a few are measured
-POSITIVE = click.IntRange(min=1)
-ABOVE_0 = click.FloatRange(min=0, min_open=True)
-SHARE = click.FloatRange(min=0, max=1, min_open=True)
+
+
+def _bounded(name: str) -> Whole | Real:
+    """The type of an option for a field of Arrivals, with that field's bounds."""
+    low, high = BOUNDS[name]
+    return Whole(int(low), int(high)) if name in ("users", "seed") else Real(low, high)
 
 
 def _model(name: str, text: str) -> Callable[[Any], Any]:
-    """An option for a field of Arrivals, with that field's default."""
-    default = getattr(Arrivals, name)
-    return click.option(f"--{name.replace('_', '-')}", default=default, show_default=True, help=text)
+    """An option for a field of Arrivals, with that field's default and bounds."""
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        type=_bounded(name),
+        default=getattr(Arrivals, name),
+        show_default=True,
+        help=text,
+    )
 
 
-@click.command("plan")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--users", type=int, required=True, help="Among whom the requests spread.")
-@click.option("--qps", type=float, required=True, help="Requests per second of all users.")
-@click.option("--state-memory", required=True, help="For the states of one machine, as 4GiB.")
-@click.option(
-    "--utilisation", type=SHARE, default=0.6, show_default=True, help="Share of its time that a machine may work."
+@click.command(
+    "plan",
+    cls=Verb,
+    examples=(
+        "onetrans plan bundle --users 1000000 --qps 200 --state-memory 4GiB",
+        "onetrans plan bundle --users 1000000 --qps 200 --state-memory 4GiB"
+        " --prefill-ms 90 --append-ms 8 --decode-ms 150",
+    ),
 )
-@click.option("--ttl", type=ABOVE_0, help="Seconds after which a state is prefilled again.  [default: no limit]")
-@click.option("--prefill-ms", type=ABOVE_0, help="Mean of a prefill.  [default: measured here]")
-@click.option("--append-ms", type=ABOVE_0, help="Mean of an append.  [default: measured here]")
-@click.option("--decode-ms", type=ABOVE_0, help="Of every request: encoding and decode.  [default: measured here]")
-@click.option("--candidates", type=int, help=f"Of each request that is measured.  [default: {CANDIDATES}]")
-@click.option("--threads", type=POSITIVE, help="Of the backend that is measured.  [default: its own choice]")
+@bundle_argument
+@click.option("--users", type=_bounded("users"), required=True, help="The number of users that make the requests.")
+@click.option(
+    "--qps", type=_bounded("qps"), required=True, help="The requests per second that all users make together."
+)
+@click.option(
+    "--state-memory",
+    type=SIZE,
+    required=True,
+    help="The memory for states on one machine, such as 4GiB or 500MB; it must hold at least two states.",
+)
+@click.option(
+    "--utilisation",
+    type=Real(0, 1, min_open=True),
+    default=0.6,
+    show_default=True,
+    help="The share of its time that a machine may work.",
+)
+@click.option(
+    "--ttl", type=ABOVE_0, show_default="no limit", help="The seconds after which a state is prefilled again."
+)
+@click.option(
+    "--prefill-ms", type=ABOVE_0, show_default="measured here", help="The milliseconds of a prefill, as a mean."
+)
+@click.option(
+    "--append-ms", type=ABOVE_0, show_default="measured here", help="The milliseconds of an append, as a mean."
+)
+@click.option(
+    "--decode-ms",
+    type=ABOVE_0,
+    show_default="measured here",
+    help="The milliseconds of a request beside its prefill or append, as a mean: encoding, lookup and decode.",
+)
+@click.option(
+    "--candidates",
+    type=FROM_1,
+    default=CANDIDATES,
+    show_default=True,
+    help="The number of candidates in each request that is measured.",
+)
+@device_option
+@threads_option
 @click.option(
     "--events-mean",
-    type=float,
-    help="Of the histories' lengths at the start, which are exponential.  [default: the model's full history]",
+    type=_bounded("events_mean"),
+    show_default="the model's full history",
+    help="The mean number of events in a history at the start; lengths are exponential.",
 )
 @_model(
-    "zipf", "Exponent of the users' return gaps; 0.86: a fifth makes some seven tenths of the requests, 0: all alike."
+    "zipf",
+    "The exponent of the users' return gaps: at 0.86 a fifth of the users makes some seven tenths of the requests, at 0"
+    " all are alike.",
 )
-@_model("session_requests", "Mean requests of a session, geometric; a feed read for some pages.")
-@_model("request_gap", "Mean seconds between them, exponential; a page is looked at.")
-@_model("request_events", "Mean new events in between, Poisson; every second page is acted upon.")
-@_model("return_events", "Mean new events between sessions, Poisson; made elsewhere, as in search.")
-@_model("context_seconds", "How long a profile and context stand still; the presets' context is the hour.")
+@_model("session_requests", "The mean number of requests in a session, such as the pages of a feed; geometric.")
+@_model("request_gap", "The mean seconds between two requests of a session; exponential.")
+@_model("request_events", "The mean number of new events between two requests of a session; Poisson.")
+@_model("return_events", "The mean number of new events between two sessions, such as those of a search; Poisson.")
+@_model(
+    "context_seconds",
+    "The seconds for which a user's profile and context stay the same; the context of the presets is the hour.",
+)
 @click.option(
     "--requests",
-    type=click.IntRange(LEAST_REQUESTS, MOST_REQUESTS),
+    type=Whole(LEAST_REQUESTS, MOST_REQUESTS),
     default=REQUESTS,
     show_default=True,
-    help="To replay for one machine, beside the past that fills its cache.",
+    help="The number of requests to replay for one machine, beside those that fill its cache.",
 )
-@_model("seed", "Of all that is drawn.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_model("seed", "The seed of the simulated load, a whole number.")
+@json_option
 def plan_command(
     bundle: Path,
-    state_memory: str,
+    state_memory: int,
     utilisation: float,
     ttl: float | None,
     prefill_ms: float | None,
     append_ms: float | None,
     decode_ms: float | None,
-    candidates: int | None,
+    candidates: int,
+    device: str | None,
     threads: int | None,
     events_mean: float | None,
     requests: int,
@@ -86,34 +151,36 @@ def plan_command(
 ) -> None:
     """Say how many machines a load needs, and what limits them.
 
-    A model of returning users is replayed against the cache policy of the runtime. One machine is one process that
-    ranks one request after another; users are hashed to machines.
+    BUNDLE is a folder that `onetrans export` wrote. Simulated requests of returning users are replayed against the
+    cache policy of the runtime. One machine is one process that ranks one request after another; users are hashed to
+    machines.
 
     Machines needed: qps × ms per request / 1000 / utilisation, rounded up. Ms per request: decode, plus prefill × the
     share of prefills, plus append × the share of appends and of reuses with another profile or context.
 
-    With the three costs given no backend is needed. The model is told in docs/sizing.md.
+    Where all of --prefill-ms, --append-ms and --decode-ms are given, nothing is measured. The model of the load is told
+    in docs/sizing.md.
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     mean = manifest.pyramid.max_history if events_mean is None else events_mean
     arrivals = Arrivals(events_mean=mean, **model)
-    config = CacheConfig(state_memory=parse_bytes(state_memory), ttl=ttl)
-    if not config.state_memory:
-        raise ConfigError(f"--state-memory is {state_memory}, which keeps no state; give that of two users or more")
+    config = CacheConfig(state_memory=state_memory, ttl=ttl)
+    if not state_memory:
+        raise ConfigError("--state-memory is 0, which keeps no state; give that of two users or more")
     config.slots(manifest.bytes_per_user)  # refuses too little memory before anything is measured
     given = {"prefill": prefill_ms, "append": append_ms, "decode": decode_ms}
     costs = {part: milliseconds for part, milliseconds in given.items() if milliseconds is not None}
     measured = [part for part in given if part not in costs]
-    if not measured and (candidates is not None or threads is not None):
+    if not measured and typed_options("candidates", "threads"):
         raise ConfigError("--candidates and --threads shape what is measured, but all three costs are given; drop them")
     with stages("planning") as progress:
         if measured:
             cache = CacheConfig(state_memory=STATES * manifest.bytes_per_user)
-            ranker = Ranker(opened, open_backend(opened, options=BackendOptions(threads=threads)), cache)
+            ranker = Ranker(opened, open_backend(opened, device, BackendOptions(threads=threads)), cache)
             sample = arrivals.draw(users=min(arrivals.users, SAMPLE), requests=SAMPLE)
-            count = CANDIDATES if candidates is None else candidates
-            costs = {**dataclasses.asdict(measure(ranker, sample, candidates=count, progress=progress)), **costs}
+            found = measure(ranker, sample, candidates=candidates, progress=progress)
+            costs = {**dataclasses.asdict(found), **costs}
         plan = make_plan(
             manifest, arrivals, config, Costs(**costs), requests=requests, utilisation=utilisation, progress=progress
         )
@@ -124,7 +191,7 @@ def plan_command(
             "ttl": ttl,
             "arrivals": dataclasses.asdict(arrivals),
         }
-        print_json({"bundle": str(bundle), "model": manifest.name, **dataclasses.asdict(plan), **stated})
+        print_json({"bundle": bundle_json(opened), **dataclasses.asdict(plan), **stated})
         return
     click.echo(
         f"machines needed: {plan.machines:,} = ceil({arrivals.qps:g}/s × {plan.at.milliseconds:.4g} ms"

@@ -12,6 +12,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onetrans.cli.console import print_json, stderr
+from onetrans.cli.options import (
+    ABOVE_0,
+    FROM_0,
+    FROM_1,
+    Choice,
+    Real,
+    Verb,
+    Whole,
+    file_option,
+    folder_option,
+    json_option,
+    typed_options,
+)
 from onetrans.errors import ConfigError
 from onetrans.features.logs import read_logs, write_logs
 from onetrans.model.config import ModelConfig
@@ -24,68 +37,96 @@ if TYPE_CHECKING:
 
 _DEFAULTS = TrainConfig()
 _SYNTHETIC = SyntheticConfig()
-_PATH = click.Path(path_type=Path)
 
 
-def _option(name: str, help_text: str) -> Callable[[Any], Any]:
-    """An option of `TrainConfig`, with its type and default."""
+def _option(name: str, help_text: str, bounds: Whole | Real | None = None) -> Callable[[Any], Any]:
+    """An option of `TrainConfig`, with its default, and bounds where it is a number."""
     field = name.removeprefix("--").replace("-", "_")
+    kind = bounds or Choice(CHOICES[field])
     default = getattr(_DEFAULTS, field)
-    kind = click.Choice(CHOICES[field]) if field in CHOICES else type(default)
     return click.option(name, field, type=kind, default=default, show_default=True, help=help_text)
 
 
-@click.command("train")
-@click.option("--preset", "name", type=click.Choice(list(PRESETS)), help="A named model configuration.")
-@click.option("--config", "config_file", type=_PATH, help="A model configuration as JSON, or a checkpoint's.")
-@click.option("--output", required=True, type=_PATH, help="Folder to write the checkpoint to.")
-@click.option("--data", type=_PATH, help="Log folder; left out, a synthetic log is generated.")
-@click.option("--users", type=int, help=f"Users of the synthetic log.  [default: {_SYNTHETIC.users}]")
-@click.option("--requests-per-user", type=int, help=f"Requests of each.  [default: {_SYNTHETIC.requests_per_user}]")
-@click.option("--write-logs", "logs_to", type=_PATH, help="Also save the synthetic log in this folder.")
-@_option("--epochs", "Passes over the training requests.")
-@_option("--steps", "Steps in all; 0 takes them from --epochs.")
-@_option("--batch-requests", "Requests in a step.")
-@_option("--seed", "Of the weights, the order of the batches and the synthetic log.")
-@_option("--precision", "bf16 is autocast over float32 weights.")
-@click.option("--recompute", is_flag=True, help="Less memory and more time in the backward pass.")
-@_option("--device", "Where to train.")
-@_option("--threads", "CPU threads; 0 takes all cores.")
-@_option("--dense-optimizer", "Of all but the embedding tables.")
-@_option("--dense-lr", "Its peak learning rate.")
-@_option("--embedding-lr", "Peak learning rate of the embedding tables.")
-@_option("--checkpoint-every", "Steps between checkpoints to resume from.")
+@click.command(
+    "train",
+    cls=Verb,
+    examples=(
+        "onetrans train --preset tiny --output checkpoint --write-logs logs",
+        "onetrans train --preset tiny --data logs --output retrained --epochs 2",
+    ),
+)
+@click.option("--preset", "name", type=Choice(list(PRESETS)), help="The named model to train.")
+@file_option(
+    "--config",
+    "config_file",
+    help="The model to train, as a JSON file or a checkpoint's config.json, in place of --preset.",
+)
+@folder_option("--output", required=True, help="The folder to write the checkpoint to; it must not exist yet.")
+@folder_option("--data", show_default="a synthetic log", help="The folder of Parquet logs to train on.")
+@click.option(
+    "--users",
+    type=FROM_1,
+    default=_SYNTHETIC.users,
+    show_default=True,
+    help="The number of users in the synthetic log.",
+)
+@click.option(
+    "--requests-per-user",
+    type=FROM_1,
+    default=_SYNTHETIC.requests_per_user,
+    show_default=True,
+    help="The number of requests that each user makes in the synthetic log.",
+)
+@folder_option(
+    "--write-logs",
+    "logs_to",
+    show_default="none",
+    help="The folder to write the synthetic log to; it must not exist yet.",
+)
+@_option("--epochs", "The number of passes over the training requests; a fraction stops early.", ABOVE_0)
+@_option("--steps", "The number of steps in all; 0 takes it from --epochs.", FROM_0)
+@_option("--batch-requests", "The number of requests in a step.", FROM_1)
+@_option("--seed", "The seed of the weights, the batches and the synthetic log, a whole number.", FROM_0)
+@_option("--precision", "The precision of activations: fp32, or bf16 by autocast; weights stay float32.")
+@click.option(
+    "--recompute", is_flag=True, help="Compute activations again in the backward pass: less memory, more time."
+)
+@_option("--device", "The device to train on.")
+@_option("--threads", "The number of CPU threads; 0 takes all cores.", FROM_0)
+@_option("--dense-optimizer", "The optimizer of all weights but the embedding tables.")
+@_option("--dense-lr", "The peak learning rate of all weights but the embedding tables, per step.", ABOVE_0)
+@_option("--embedding-lr", "The peak learning rate of the embedding tables, per step.", ABOVE_0)
+@_option("--checkpoint-every", "The number of steps between checkpoints that --resume can start from.", FROM_1)
 @click.option("--resume", is_flag=True, help="Continue an unfinished run into --output.")
-@click.option("--json", "as_json", is_flag=True, help="Print the metrics as one JSON object.")
+@json_option
 def train_command(
     *,
     name: str | None,
     config_file: Path | None,
     output: Path,
     data: Path | None,
-    users: int | None,
-    requests_per_user: int | None,
+    users: int,
+    requests_per_user: int,
     logs_to: Path | None,
     resume: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train a model on logs, or on a synthetic log, and write its checkpoint and metrics.
+    """Train a model on logs, or on a synthetic log.
 
-    Without --data a synthetic log is generated in memory. A run that was killed continues with --resume and ends with
-    the same weights.
+    Writes a checkpoint with its metrics. Without --data a synthetic log is generated in memory. A run that was killed
+    continues with --resume and ends with the same weights.
     """
     if (name is None) == (config_file is None):
         raise click.UsageError("give either --preset or --config")
-    if data is not None and (users, requests_per_user, logs_to) != (None, None, None):
+    if data is not None and typed_options("users", "requests_per_user", "logs_to"):
         raise click.UsageError("--users, --requests-per-user and --write-logs make a synthetic log; drop --data")
     config = TrainConfig(**options)
     check_output(output, resume=resume)
     logs = None if data is None else read_logs(data)
     model = preset(name) if name is not None else _read_config(config_file)
     if logs is None:
-        sizes = {"users": users, "requests_per_user": requests_per_user, "seed": config.seed}
-        logs = SyntheticConfig(**{key: size for key, size in sizes.items() if size is not None}).logs(model)
+        logs = SyntheticConfig(users=users, requests_per_user=requests_per_user, seed=config.seed).logs(model)
         if logs_to is not None:
             write_logs(logs, logs_to)
     elif name is not None:
@@ -117,7 +158,7 @@ def _read_config(path: Path | None) -> ModelConfig:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[StepReport], None]]:
-    """A bar on stderr; where that is no terminal, a line every tenth of the run."""
+    """Shows a bar on stderr; where that is no terminal, a line every tenth of the run."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = stderr()

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 from rich.table import Table
 
-from onetrans.cli.console import print_json, print_table, stages
+from onetrans.cli.console import bundle_json, print_json, print_table, stages
+from onetrans.cli.options import (
+    FROM_0,
+    Verb,
+    bundle_argument,
+    device_option,
+    folder_option,
+    json_option,
+    threads_option,
+)
 from onetrans.errors import ParityError
 from onetrans.parity.cases import ParityCase, read_cases
 from onetrans.parity.comparison import CaseResult
@@ -18,38 +28,49 @@ from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.targets import open_backend
 
 
-@click.command("verify")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
+@click.command(
+    "verify", cls=Verb, examples=("onetrans verify bundle", "onetrans verify bundle --checkpoint checkpoint")
+)
+@bundle_argument
+@folder_option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="Compute fresh gold from these weights, on cases of --seed, instead of using what the bundle carries.",
+    show_default="the cases in the bundle",
+    help="The checkpoint that the bundle was made from: its float64 reference is then computed here, on new cases.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the cases made with --checkpoint."
+    "--seed",
+    type=FROM_0,
+    default=1,
+    show_default=True,
+    help="The seed of the new cases that --checkpoint asks for, a whole number.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Of the backend.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def verify_command(bundle: Path, checkpoint: Path | None, seed: int, threads: int | None, as_json: bool) -> None:
-    """Compare a bundle with its float64 gold: errors and rank agreement, case by case.
+@device_option
+@threads_option
+@json_option
+def verify_command(
+    bundle: Path, checkpoint: Path | None, seed: int, device: str | None, threads: int | None, as_json: bool
+) -> None:
+    """Compare a bundle's scores with the float64 reference.
 
-    Exits 1 where a case is beyond its bound: 1.5 times the error of plain PyTorch in the same dtype, plus 4 ulp.
+    BUNDLE is a folder that `onetrans export` wrote. Shown are the errors and the rank agreement of each parity case.
+    Exits 1 where a case is beyond its bound: 1.5 times the error of plain PyTorch in the same precision, plus 4 ulp.
     """
     opened = Bundle.open(bundle)
     with stages(f"verifying {bundle}") as progress:
         progress("load")
-        backend = open_backend(opened, options=BackendOptions(threads=threads))
+        backend = open_backend(opened, device, BackendOptions(threads=threads))
         cases = _fresh_cases(opened, checkpoint, seed, progress) if checkpoint else read_cases(opened)
         results = verify(backend, cases, progress)
     passed = all(result.passed for result in results)
     if as_json:
-        print_json({"bundle": str(bundle), "passed": passed, "cases": [dataclasses.asdict(r) for r in results]})
+        cases_json = [dataclasses.asdict(result) for result in results]
+        print_json({"bundle": bundle_json(opened), "passed": passed, "cases": cases_json})
     else:
         print_table(_table(results))
     check(results)
 
 
-def _fresh_cases(bundle: Bundle, checkpoint: Path, seed: int, progress) -> list[ParityCase]:  # type: ignore[no-untyped-def]
+def _fresh_cases(bundle: Bundle, checkpoint: Path, seed: int, progress: Callable[[str], None]) -> list[ParityCase]:
     from onetrans.export.models.base import adapt
     from onetrans.model.checkpoint import load_checkpoint
 
@@ -61,7 +82,7 @@ def _fresh_cases(bundle: Bundle, checkpoint: Path, seed: int, progress) -> list[
 
 
 def _table(results: list[CaseResult]) -> Table:
-    table = Table(title="bundle against float64 gold")
+    table = Table(title="bundle against the float64 reference")
     for column in ("case", "users", "cand.", "error", "bound", "PyTorch", "relative", "top 10", "rank corr.", ""):
         table.add_column(column, justify="left" if column == "case" else "right")
     for r in results:

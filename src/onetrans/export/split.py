@@ -10,8 +10,8 @@ from torch import fx
 
 from onetrans.errors import ExportError
 from onetrans.export.arguments import arguments, is_op
-from onetrans.export.passes import DEFAULT
 from onetrans.export.passes.base import PassRun, run_passes
+from onetrans.export.passes.pipeline import DEFAULT
 from onetrans.export.program import Program
 from onetrans.export.scope import HeldBack, NodeScope, analyse, held_back, is_size, state_name
 from onetrans.export.subgraph import subgraph

@@ -114,10 +114,20 @@ def encode_candidates(
         DataError: A user has no candidate, or a name, kind, bound or length is wrong.
     """
     labels = labels or [f"candidates of user {user}" for user in range(len(candidates))]
-    parsed = [parse_candidates(schema, given, where=label) for given, label in zip(candidates, labels, strict=True)]
+    return batch_candidates(
+        [parse_candidates(schema, given, where=label) for given, label in zip(candidates, labels, strict=True)]
+    )
+
+
+def batch_candidates(parsed: Sequence[Columns]) -> tuple[Columns, NDArray[np.int64]]:
+    """Candidate inputs of a batch from what `parse_candidates` gives per user; see `encode_candidates`.
+
+    Raises:
+        DataError: There is no user.
+    """
     if not parsed:
         raise DataError("candidates: the batch has no user; give at least one")
-    first = schema.candidate[0].name
+    first = next(iter(parsed[0]))
     counts = np.array([len(columns[first]) for columns in parsed], dtype=np.int64)
     begin = np.cumsum(counts) - counts
     inputs = {

@@ -13,9 +13,9 @@ import numpy as np
 from onetrans.errors import DataError
 from onetrans.features.batches import Requests
 from onetrans.features.columns import show
-from onetrans.features.encode import CandidatesLike, encode_users, parse_candidates
+from onetrans.features.encode import CandidatesLike
 from onetrans.features.logs import read_logs
-from onetrans.features.merge import History, parse_history
+from onetrans.features.merge import History
 from onetrans.features.schema import FeatureSchema
 from onetrans.files import write_new_text
 
@@ -33,6 +33,7 @@ class Request:
         candidates: The candidates: mappings, or a mapping of columns.
         user: Names the user, for caches and reports.
         request: Names the request, for reports.
+        label: Stands first in errors: `requests.json: request 3`. Whoever ranks it counts the requests if left out.
     """
 
     history: History
@@ -40,18 +41,19 @@ class Request:
     candidates: CandidatesLike
     user: str = ""
     request: str = ""
+    label: str = ""
 
 
 def read_requests(path: str | Path, schema: FeatureSchema) -> list[Request]:
-    """Reads and checks requests.
+    """Reads requests and checks their structure; values are checked once, by `encoder.RequestEncoder.parse`.
 
     Args:
         path: A JSON file (one request, a list, or `{"requests": [...]}`) or a log folder, whose every request is given
             with the events before it.
-        schema: What the requests must fit.
+        schema: What a log folder must have been written with.
 
     Raises:
-        DataError: The file is missing or malformed, a key is unknown, or a value does not fit the schema.
+        DataError: The file is missing or malformed, a key is unknown or missing, or a log has another schema.
         MissingDependencyError: A log folder needs pyarrow, which is not installed.
     """
     path = Path(path)
@@ -68,7 +70,7 @@ def read_requests(path: str | Path, schema: FeatureSchema) -> list[Request]:
     listed = data if isinstance(data, list) else [data]
     if not listed:
         raise DataError(f"{path} holds no request; give at least one")
-    return [_checked(request, schema, f"{path}: request {index}") for index, request in enumerate(listed)]
+    return [_checked(request, f"{path}: request {index}") for index, request in enumerate(listed)]
 
 
 def write_requests(path: str | Path, requests: Iterable[Request]) -> None:
@@ -91,7 +93,7 @@ def write_requests(path: str | Path, requests: Iterable[Request]) -> None:
     write_new_text(path, text + "\n")
 
 
-def _checked(data: object, schema: FeatureSchema, where: str) -> Request:
+def _checked(data: object, where: str) -> Request:
     if not isinstance(data, dict):
         raise DataError(f"{where} is {show(data)}; give an object with the keys {', '.join(_NEEDED)}")
     unknown = sorted(set(data) - {*_NEEDED, *_NAMES})
@@ -103,10 +105,7 @@ def _checked(data: object, schema: FeatureSchema, where: str) -> Request:
     for name in _NAMES:
         if not isinstance(data.get(name, ""), str):
             raise DataError(f"{where}: {name} is {show(data[name])}; give a string")
-    parse_history(schema, data["history"], where=f"{where}: history")
-    encode_users(schema, [data["profile"]], where=f"{where}: profile")
-    parse_candidates(schema, data["candidates"], where=f"{where}: candidates")
-    return Request(**data)
+    return Request(**data, label=where)
 
 
 def _read_json(path: Path) -> object:
@@ -138,6 +137,7 @@ def _read_log_requests(folder: Path, schema: FeatureSchema) -> list[Request]:
                 candidates=requests.candidates(index),
                 user=str(requests.index.user_id[index]),
                 request=str(requests.index.request_id[index]),
+                label=f"{folder}: request {requests.index.request_id[index]}",
             )
         )
     return found

@@ -21,7 +21,6 @@ SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 CASES_FILE = "cases.safetensors"
-DESCRIPTION = ("size", "candidate_tokens", "candidate_rows")  # what the picture shows of a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class Manifest:
         device: What they were lowered for.
         precision: dtype of weights, activations and state.
         model: The model's configuration as plain data; of every family it holds `schema` and `merge`.
-        description: Words about the model for the picture, under the names of DESCRIPTION.
+        description: The model's sizes in words, for the picture: name to value.
         weights_sha256: Hash of the weights it was made from.
         bounds: Least and greatest U, C and L (tokens of a window); L counts from 0, an empty history.
         pyramid: The anchored windows.
@@ -168,8 +167,8 @@ def _check(manifest: Manifest, bytes_per_user: object) -> None:
         _expect(name, getattr(manifest, name), str)
     for name in ("model", "description", "bounds", "graphs", "split", "parity", "tools", "files"):
         _expect(name, getattr(manifest, name), dict)
-    for name in DESCRIPTION:
-        _expect(f"description {name}", manifest.description[name], str)
+    for name, text in manifest.description.items():
+        _expect(f"description {name}", text, str)
     for name, file in manifest.files.items():
         _expect(f"files {name}", file, dict)
     for name in ("prefill", "decode"):

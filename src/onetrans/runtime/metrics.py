@@ -10,7 +10,7 @@ from onetrans.runtime.cache.lookup import KINDS
 
 if TYPE_CHECKING:
     from onetrans.runtime.ranker import Ranker
-    from onetrans.runtime.ranking import Scores
+    from onetrans.runtime.scores import Scores
 
 SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 DRIFT = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
@@ -18,7 +18,7 @@ GONE = ("evicted", "expired", "invalidated", "turned_away")
 
 
 class Metrics:
-    """What one Ranker did.
+    """Counts and times what one Ranker does.
 
     Names, all beginning with `onetrans_`: `requests_total{result}`, `candidates_total`, `events_total` (computed),
     `component_seconds{component}` (of a batch, once), `drift` (of stale requests, where measured),
@@ -47,7 +47,7 @@ class Metrics:
         self._candidates = prometheus_client.Counter("candidates", "Candidates scored.", **own)
         self._events = prometheus_client.Counter("events", "Events computed by prefill and append.", **own)
         self._seconds = prometheus_client.Histogram(
-            "component_seconds", "Time per component of a pass.", ["component"], buckets=SECONDS, **own
+            "component_seconds", "Time per component of users ranked together.", ["component"], buckets=SECONDS, **own
         )
         self._drift = prometheus_client.Histogram(
             "drift", "Largest difference of a stale request's logit from a fresh prefill's.", buckets=DRIFT, **own
@@ -59,9 +59,9 @@ class Metrics:
         """Reports the cache of a Ranker, read when someone collects."""
         self.registry.register(_CacheCollector(self._client, ranker))
 
-    def observe(self, passes: Sequence[Sequence[Scores]]) -> None:
-        """Counts the requests of a call's passes; those of one pass share their times, all of them the encoding."""
-        for index, scores in enumerate(passes):
+    def observe(self, batches: Sequence[Sequence[Scores]]) -> None:
+        """Counts a call's requests; those of one batch share their times, those of all batches the encoding."""
+        for index, scores in enumerate(batches):
             for one in scores:
                 self._requests.labels(one.result).inc()
                 self._candidates.inc(len(next(iter(one.logits.values()))))

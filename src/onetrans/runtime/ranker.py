@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -11,19 +10,20 @@ from typing import Any
 
 from onetrans.errors import BundleError, DataError, StateError
 from onetrans.features.encode import CandidatesLike
+from onetrans.features.encoder import RequestEncoder
 from onetrans.features.merge import History
 from onetrans.features.requests import Request
 from onetrans.runtime.backends.base import Backend, BackendOptions
 from onetrans.runtime.bundle import Bundle
 from onetrans.runtime.cache.config import CacheConfig
-from onetrans.runtime.cache.lookup import Held, Policy
-from onetrans.runtime.cache.spill import SpillFile
+from onetrans.runtime.cache.lookup import CacheEntry, Policy
+from onetrans.runtime.cache.offload import OffloadFile
 from onetrans.runtime.cache.state_cache import Key, StateCache
 from onetrans.runtime.metrics import Metrics
-from onetrans.runtime.ranking import Inputs, Loaded, Pass, Scores
+from onetrans.runtime.model_version import ModelVersion
+from onetrans.runtime.ranking import BatchRanking, RankingContext
+from onetrans.runtime.scores import Scores
 from onetrans.runtime.targets import open_backend
-
-__all__ = ["Ranker", "Scores"]
 
 
 class Ranker:
@@ -39,14 +39,14 @@ class Ranker:
         """
         self.config = config or CacheConfig()
         self.metrics = metrics
-        slots, working = self.config.slots(bundle.manifest.bytes_per_user)
+        c, folder = self.config, self.config.offload
+        slots, compute_slots = c.slots(bundle.manifest.bytes_per_user)
         self.pool = backend.allocate(slots)
-        self.cache = StateCache(slots, working=working, ttl=self.config.ttl, spills=self.config.spill is not None)
-        self.spill: SpillFile | None = None
-        if self.config.spill is not None:
-            c = self.config
-            self.spill = SpillFile(bundle.manifest, self.config.spill, c.spill_memory, c.spill_precision)
-        self._loaded = self._load(bundle, backend)
+        self.cache = StateCache(slots, compute_slots=compute_slots, ttl=c.ttl, keeps_evicted=folder is not None)
+        self.offload: OffloadFile | None = None
+        if folder is not None:
+            self.offload = OffloadFile(bundle.manifest, folder, c.offload_memory, c.offload_precision)
+        self._version = self._version_of(bundle, backend)
         self._device: str | None = None
         self._options: BackendOptions | None = None
         self._stale = itertools.count(1)
@@ -85,12 +85,17 @@ class Ranker:
     @property
     def bundle(self) -> Bundle:
         """The bundle in use."""
-        return self._loaded.bundle
+        return self._version.bundle
 
     @property
     def backend(self) -> Backend:
         """The backend in use."""
-        return self._loaded.backend
+        return self._version.backend
+
+    @property
+    def encoder(self) -> RequestEncoder:
+        """Makes the inputs of the model in use."""
+        return self._version.encoder
 
     @property
     def caches(self) -> bool:
@@ -115,10 +120,10 @@ class Ranker:
         return self._rank([request], [""])[0]
 
     def rank_batch(self, requests: Sequence[Request]) -> list[Scores]:
-        """Scores several users' candidates in one pass (or in several of `config.working` users).
+        """Scores several users' candidates together (`config.compute_slots` users at a time).
 
         Args:
-            requests: Of different users, or of users without a name, whose states are not kept.
+            requests: One of each user, and any number without a user's name, whose states are not kept.
 
         Raises:
             DataError: A user stands twice, or a value is missing, of the wrong kind or out of bounds; nothing was
@@ -131,7 +136,7 @@ class Ranker:
                     f"user {request.user!r} stands in requests {seen[request.user]} and {index} of one batch; a batch"
                     " takes one request of each user: join their candidates, or rank them one after another"
                 )
-        return self._rank(requests, [f"request {index}: " for index in range(len(requests))])
+        return self._rank(requests, [f"request {index}" for index in range(len(requests))])
 
     def reload(self, path: str | Path) -> None:
         """Goes over to another version of the model, as after a retraining; requests under way end with the old one.
@@ -151,15 +156,15 @@ class Ranker:
                     f"{path} cannot take the place of {self.bundle.path}: its {name} differs{shown}; open a Ranker of"
                     " its own for it"
                 )
-        self._loaded = self._load(bundle, open_backend(bundle, self._device, self._options))
+        self._version = self._version_of(bundle, open_backend(bundle, self._device, self._options))
         self._forget_other_versions()
 
     def invalidate(self, user: str) -> bool:
         """Forgets a user's state, after the request under way; whether there was one."""
-        key = (self._loaded.version, user)
+        key = (self._version.name, user)
         with self.cache.use([key]) as lease:
-            spilled = self.spill is not None and self.spill.forget(key)
-            return lease.forget(key) or spilled
+            offloaded = self.offload is not None and self.offload.forget(key)
+            return lease.forget(key) or offloaded
 
     def check_integrity(self) -> None:
         """Checks slots, budget, and that each idle state has the windows that its token count asks for.
@@ -170,61 +175,46 @@ class Ranker:
         self.cache.check_integrity()
         pyramid = self.bundle.manifest.pyramid
 
-        def check(key: Key, held: Held) -> None:
-            expected = [held.tokens - start for start in pyramid.key_starts(held.tokens)]
-            found = self.pool.lengths(held.slot).tolist()
+        def check(key: Key, entry: CacheEntry) -> None:
+            expected = [entry.tokens - start for start in pyramid.key_starts(entry.tokens)]
+            found = self.pool.lengths(entry.slot).tolist()
             if found != expected:
                 raise StateError(
-                    f"the state of user {key[1]!r} has windows of {found} tokens, where {held.tokens} events give"
+                    f"the state of user {key[1]!r} has windows of {found} tokens, where {entry.tokens} events give"
                     f" {expected}"
                 )
 
         self.cache.visit(check)
 
-    def encode_user(self, history: History, profile: Mapping[str, Any]) -> Inputs:
-        """The user-scope inputs of one user [1, …], with the window that a prefill sees."""
-        one = self._loaded.encode(Request(history=history, profile=profile, candidates={}), "")
-        return {**self._loaded.events([one], [self._loaded.start(one)]), **one.profile}
-
-    def encode_candidates(self, candidates: CandidatesLike) -> Inputs:
-        """The candidate-scope inputs of one user [1, C, …]."""
-        return self._loaded.candidates([candidates], [""])[0]
-
-    def _load(self, bundle: Bundle, backend: Backend) -> Loaded:
+    def _version_of(self, bundle: Bundle, backend: Backend) -> ModelVersion:
         policy = Policy(
             pyramid=bundle.manifest.pyramid,
-            appends="append" in bundle.manifest.graphs,
+            can_append=bundle.manifest.can_append,
             reuse=self.config.reuse,
             stale_crossings=self.config.stale_crossings,
         )
-        version = hashlib.sha256(bundle.manifest.dumps().encode()).hexdigest()[:16]
-        return Loaded(bundle, backend, version, policy)
+        return ModelVersion(bundle=bundle, backend=backend, policy=policy)
 
-    def _rank(self, requests: Sequence[Request], places: Sequence[str]) -> list[Scores]:
+    def _rank(self, requests: Sequence[Request], labels: Sequence[str]) -> list[Scores]:
         began = time.perf_counter()
-        loaded = self._loaded
-        encoded = [loaded.encode(r, where, keep=self.caches) for r, where in zip(requests, places, strict=True)]
-        size = min(self.cache.working, loaded.bundle.manifest.bounds["U"][1])
-        parts = [slice(first, first + size) for first in range(0, len(requests), size)]
-        candidates = [loaded.candidates([r.candidates for r in requests[part]], places[part]) for part in parts]
+        version = self._version
+        context = RankingContext(
+            version=version,
+            cache=self.cache,
+            pool=self.pool,
+            offload=self.offload,
+            drift_is_due=self._drift_is_due,
+        )
+        users = [version.parse(r, label, keep=self.caches) for r, label in zip(requests, labels, strict=True)]
+        size = min(self.cache.compute_slots, version.bundle.manifest.bounds["U"][1])
+        batches = [BatchRanking(context, users[first : first + size]) for first in range(0, len(users), size)]
         seconds = {"encode": time.perf_counter() - began}
         scores: list[list[Scores]] = []
         try:
-            for part, (inputs, counts) in zip(parts, candidates, strict=True):
-                one = Pass(
-                    loaded,
-                    self.cache,
-                    self.pool,
-                    self.spill,
-                    encoded[part],
-                    inputs,
-                    counts,
-                    self._drift_is_due,
-                    dict(seconds),
-                )
-                scores.append(one.run())
+            for batch in batches:
+                scores.append(batch.run(seconds))  # noqa: PERF401  (what was ranked before a failure is counted)
         finally:
-            if loaded is not self._loaded:
+            if version is not self._version:
                 self._forget_other_versions()
             if self.metrics is not None:
                 self.metrics.observe(scores)
@@ -235,7 +225,7 @@ class Ranker:
 
     def _forget_other_versions(self) -> None:
         """Called after a reload, and by each request that was under way then and may have kept a state since."""
-        version = self._loaded.version
+        version = self._version.name
         self.cache.clear(keep=lambda key: key[0] == version)
-        if self.spill is not None:
-            self.spill.clear(keep=lambda key: key[0] == version)
+        if self.offload is not None:
+            self.offload.clear(keep=lambda key: key[0] == version)

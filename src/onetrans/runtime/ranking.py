@@ -1,4 +1,4 @@
-"""One ranking pass: users' states looked up, computed where they must be, and all candidates decoded together."""
+"""Ranking a batch of users: a plan for each user first, then prefill, append and decode by what the plans say."""
 
 from __future__ import annotations
 
@@ -8,295 +8,258 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onetrans.errors import DataError
-from onetrans.features.encode import CandidatesLike, encode_candidates, encode_tokens, encode_users
-from onetrans.features.merge import TokenColumns, merge_tokens, parse_history
-from onetrans.features.requests import Request
-from onetrans.runtime.backends.base import Backend
-from onetrans.runtime.bundle import Bundle
-from onetrans.runtime.cache.fingerprint import RunningHash, context_digest
-from onetrans.runtime.cache.lookup import Held, Kind, Lookup, Policy, look_up
-from onetrans.runtime.cache.spill import SpillFile
-from onetrans.runtime.cache.state_cache import Key, Lease, StateCache
+from onetrans.features.columns import Columns
+from onetrans.runtime.cache.lookup import CacheEntry, Lookup, look_up
+from onetrans.runtime.cache.offload import OffloadFile
+from onetrans.runtime.cache.state_cache import Lease, StateCache
+from onetrans.runtime.model_version import ModelVersion, UserRequest
 from onetrans.runtime.pools.base import StatePool
+from onetrans.runtime.scores import Scores
 
 log = logging.getLogger(__name__)
 
-Inputs = dict[str, NDArray[Any]]
+Action = Literal["prefill", "append", "reuse"]
+Logits = dict[str, NDArray[np.float32]]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one request's candidates, in the order they were given.
-
-    Attributes:
-        logits: Per task, float32 [C].
-        seconds: Time spent per component, as far as it ran: `encode`, `load`, `prefill`, `append`, `decode`, `drift`,
-            `spill`. Of a request that was ranked together with others, what they took together.
-        result: What the cache did: `reuse`, `append`, `prefill` or `stale`.
-        fresh: Events computed for this request.
-        drift: Largest difference of a logit from that of a fresh prefill, where it was measured (stale requests).
-    """
-
-    logits: Mapping[str, NDArray[np.float32]]
-    seconds: Mapping[str, float]
-    result: Kind = "prefill"
-    fresh: int = 0
-    drift: float | None = None
-
-    def probabilities(self) -> dict[str, NDArray[np.float32]]:
-        """Per task, float32 [C]; cvr is conditional on a click."""
-        return {task: (1 / (1 + np.exp(-z.astype(np.float64)))).astype(np.float32) for task, z in self.logits.items()}
-
-    def ranking(self, task: str | None = None) -> NDArray[np.int64]:
-        """Candidate indices, best first by a task's logit (the first task by default); ties keep the order given."""
-        logits = self.logits[task or next(iter(self.logits))]
-        return np.argsort(-logits, kind="stable")
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """The user's part of a checked request.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RankingContext:
+    """What batches are ranked with, the same for all of them until the model is reloaded.
 
     Attributes:
-        key: Of its state; None where none is kept.
-        tokens: The whole history, merged.
-        history: Their running hash.
-        profile: User inputs [1, …].
-        context: Their hash.
+        version: The model.
+        cache: Says which slot belongs to whom.
+        pool: Holds the states.
+        offload: Takes and gives back states that do not fit the pool; None for none.
+        drift_is_due: Asked once per stale user: whether the drift is measured.
     """
 
-    key: Key | None
-    tokens: TokenColumns
-    history: RunningHash
-    profile: Inputs
-    context: bytes
+    version: ModelVersion
+    cache: StateCache
+    pool: StatePool
+    offload: OffloadFile | None
+    drift_is_due: Callable[[], bool]
 
 
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """One version of the model, and how requests become its inputs."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UserPlan:
+    """What is to be done for one user.
 
-    bundle: Bundle
-    backend: Backend
-    version: str
-    policy: Policy
+    Attributes:
+        row: The user's place in the batch.
+        user: The request.
+        lookup: What the cache has for it.
+        action: `prefill` from all events in the window, `append` to the state, or `reuse` of the state as it is.
+        source: Slot of the state found; None where there is none, or where it must be loaded first.
+        target: Slot of the state that decode reads: the source's own, or another where the state is prefilled, loaded,
+            or moved across an anchor.
+        loads: Whether the state is read from the offload file into the target before anything else.
+        drift_slot: Slot for the prefill that the drift is measured with; None where it is not measured. The target of a
+            state that moved: its exact state takes its place.
+    """
 
-    def encode(self, request: Request, where: str, *, keep: bool = False) -> Encoded:
-        """Checks a request's history and profile; `where` stands first in errors.
+    row: int
+    user: UserRequest
+    lookup: Lookup
+    action: Action
+    source: int | None
+    target: int
+    loads: bool
+    drift_slot: int | None
 
-        Raises:
-            DataError: A value is missing, of the wrong kind or out of bounds.
-        """
-        manifest = self.bundle.manifest
-        history = parse_history(manifest.schema, request.history, where=f"{where}history")
-        tokens = merge_tokens(manifest.schema, history, manifest.merge)
-        profile = encode_users(manifest.schema, [request.profile], where=f"{where}profile")
-        key = (self.version, request.user) if keep and request.user else None
-        return Encoded(key, tokens, RunningHash(tokens), profile, context_digest(profile))
-
-    def candidates(
-        self, candidates: Sequence[CandidatesLike], places: Sequence[str]
-    ) -> tuple[Inputs, NDArray[np.int64]]:
-        """Candidate inputs [U, C, …] and each user's count [U].
-
-        Raises:
-            DataError: A value is missing, of the wrong kind or out of bounds.
-        """
-        manifest = self.bundle.manifest
-        inputs, counts = encode_candidates(
-            manifest.schema, candidates, labels=[f"{where}candidates" for where in places]
-        )
-        most = manifest.bounds["C"][1]
-        for where, count in zip(places, counts, strict=True):
-            if count > most:
-                raise DataError(
-                    f"{where}{count} candidates were given; this bundle takes 1 to {most}: score them in parts"
-                )
-        return inputs, counts
-
-    def start(self, encoded: Encoded) -> int:
-        """The first token that a prefill sees."""
-        return self.bundle.manifest.pyramid.key_starts(encoded.history.tokens)[0]
-
-    def events(self, encoded: Sequence[Encoded], starts: Sequence[int]) -> Inputs:
-        """History inputs [U, …] of the tokens from `starts` on."""
-        return encode_tokens(self.bundle.manifest.schema, [one.tokens for one in encoded], starts)
+    @property
+    def moves(self) -> bool:
+        """Whether the state is copied to the target first, without the tokens that leave its windows."""
+        return self.source is not None and self.source != self.target
 
 
-class Pass:
-    """One pass over a batch of users.
+def plan_user(row: int, user: UserRequest, lookup: Lookup, spare: int | None, *, checks_drift: bool) -> UserPlan:
+    """Plans for one user.
 
     Args:
-        loaded: The model.
-        cache: Slots.
-        pool: What is in them.
-        spill: Takes and gives back states that do not fit the pool; None for none.
-        encoded: One per user.
-        candidates: Inputs [U, C, …].
-        counts: Candidates of each user [U].
-        measures_drift: Whether the next stale user is prefilled as well.
-        seconds: Time spent so far per component; grows.
+        row: The user's place in the batch.
+        user: The request.
+        lookup: What the cache has for it.
+        spare: A slot to compute in, where `needs_slot`.
+        checks_drift: Whether the drift is measured.
     """
+    entry = lookup.entry
+    source = None if entry is None or lookup.offloaded else entry.slot
+    target = spare if source is None or any(lookup.dropped) else source
+    assert target is not None
+    return UserPlan(
+        row=row,
+        user=user,
+        lookup=lookup,
+        action="prefill" if entry is None else "append" if lookup.recompute else "reuse",
+        source=source,
+        target=target,
+        loads=lookup.offloaded,
+        drift_slot=spare if checks_drift else None,
+    )
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        cache: StateCache,
-        pool: StatePool,
-        spill: SpillFile | None,
-        encoded: Sequence[Encoded],
-        candidates: Inputs,
-        counts: NDArray[np.int64],
-        measures_drift: Callable[[], bool],
-        seconds: dict[str, float],
-    ) -> None:
-        self.loaded = loaded
-        self.cache = cache
-        self.pool = pool
-        self.spill = spill
-        self.encoded = encoded
-        self.candidates = candidates
-        self.counts = counts
-        self.measures_drift = measures_drift
-        self.seconds = seconds
 
-    def run(self) -> list[Scores]:
-        """Ranks. What was computed is kept as soon as it is whole, even if a later step fails."""
-        with self.cache.use([one.key for one in self.encoded if one.key is not None]) as lease:
+def needs_slot(lookup: Lookup, *, checks_drift: bool) -> bool:
+    """Whether a user needs a slot to compute in, beside that of the state found."""
+    return lookup.entry is None or lookup.offloaded or any(lookup.dropped) or checks_drift
+
+
+class BatchRanking:
+    """The ranking of one batch of users."""
+
+    def __init__(self, context: RankingContext, users: Sequence[UserRequest]) -> None:
+        """Puts the candidates together.
+
+        Args:
+            context: What to rank with.
+            users: Different users, or users without a key.
+        """
+        self.context = context
+        self.users = users
+        self.candidates, self.counts = context.version.encoder.candidate_inputs([user.parsed for user in users])
+        self.seconds: dict[str, float] = {}
+
+    def run(self, seconds: Mapping[str, float]) -> list[Scores]:
+        """Ranks. What was computed is kept as soon as it is whole, even if a later step fails.
+
+        Args:
+            seconds: Time spent so far per component.
+        """
+        self.seconds = dict(seconds)
+        with self.context.cache.use([user.key for user in self.users if user.key is not None]) as lease:
             try:
                 return self._rank(lease)
             finally:
-                self._spill(lease)
+                self._offload(lease)
 
     def _rank(self, lease: Lease) -> list[Scores]:
-        everyone = range(len(self.encoded))
-        found = [self._look_up(lease, one) for one in self.encoded]
-        loaded = [u for u in everyone if found[u].spilled]
-        moved = [u for u in everyone if any(found[u].drop)]
-        checked = [u for u in everyone if found[u].kind == "stale" and u not in loaded and self.measures_drift()]
-        needing = [u for u in everyone if found[u].held is None or u in {*loaded, *moved, *checked}]
-        spare = dict(zip(needing, lease.take(len(needing)), strict=True))
-        for user in loaded:
-            found[user] = self._load(lease, user, found[user], spare[user])
-        fresh = [u for u in everyone if found[u].held is None]
-        slots = [spare[u] if u in {*fresh, *moved} else _held(found[u]).slot for u in everyone]
-        self._compute("prefill", fresh, found, slots)
-        self._commit(lease, fresh, found, slots)
-        for user in moved:
-            self.pool.copy(_held(found[user]).slot, slots[user], found[user].drop)
-        renewed = [u for u in everyone if found[u].held is not None and found[u].recompute]
-        self._compute("append", renewed, found, slots)
-        # A moved state that is about to be replaced by the exact one is in that one's slot: it is not kept.
-        self._commit(lease, [u for u in renewed if not (u in checked and u in moved)], found, slots)
-        logits = self._decode("decode", list(everyone), slots)
-        drift = {u: self._drift(lease, u, found[u], spare[u], logits) for u in checked}
+        plans = [self._load(lease, plan) if plan.loads else plan for plan in self._plan(lease)]
+        prefills = [plan for plan in plans if plan.action == "prefill"]
+        self._prefill(prefills)
+        self._commit(lease, prefills)
+        for plan in plans:
+            if plan.source is not None and plan.moves:
+                self.context.pool.copy(plan.source, plan.target, plan.lookup.dropped)
+        appends = [plan for plan in plans if plan.action == "append"]
+        self._append(appends)
+        # Where the exact state is about to take a moved one's slot, the moved one is not kept.
+        self._commit(lease, [plan for plan in appends if plan.drift_slot != plan.target])
+        logits = self._decode("decode", plans, [plan.target for plan in plans])
+        drift = {plan.row: self._measure_drift(lease, plan, logits) for plan in plans if plan.drift_slot is not None}
         return [
             Scores(
-                logits={task: value[user, :count] for task, value in logits.items()},
+                logits={task: value[plan.row, : self.counts[plan.row]] for task, value in logits.items()},
                 seconds=self.seconds,
-                result=found[user].kind,
-                fresh=found[user].fresh,
-                drift=drift.get(user),
+                result=plan.lookup.kind,
+                fresh=plan.lookup.fresh,
+                drift=drift.get(plan.row),
             )
-            for user, count in enumerate(self.counts)
+            for plan in plans
         ]
 
-    def _look_up(self, lease: Lease, one: Encoded) -> Lookup:
-        policy, spill = self.loaded.policy, self.spill
-        held = None if one.key is None else lease.look(one.key)
-        if held is None and one.key is not None and spill is not None:
-            spilled = spill.look(one.key)
-            spilled = None if spilled is None or self.cache.expired(spilled) else spilled
-            found = look_up(policy, spilled, one.history, one.context)
-            if found.held is not None and not any(found.drop):  # across an anchor a spilled state is not carried
-                return dataclasses.replace(found, spilled=True)
-        return look_up(policy, held, one.history, one.context)
+    def _plan(self, lease: Lease) -> list[UserPlan]:
+        """Plans for everyone, with all the slots that they need together."""
+        lookups = [self._look_up(lease, user) for user in self.users]
+        checks = [lookup.kind == "stale" and not lookup.offloaded and self.context.drift_is_due() for lookup in lookups]
+        needs = [needs_slot(lookup, checks_drift=check) for lookup, check in zip(lookups, checks, strict=True)]
+        taken = iter(lease.take(sum(needs)))
+        return [
+            plan_user(row, user, lookup, next(taken) if need else None, checks_drift=check)
+            for row, (user, lookup, need, check) in enumerate(zip(self.users, lookups, needs, checks, strict=True))
+        ]
 
-    def _load(self, lease: Lease, user: int, look: Lookup, slot: int) -> Lookup:
-        """Brings a spilled state into a slot; a prefill where the disk failed."""
-        one, held = self.encoded[user], _held(look)
-        assert one.key is not None
-        assert self.spill is not None
+    def _look_up(self, lease: Lease, user: UserRequest) -> Lookup:
+        policy, offload = self.context.version.policy, self.context.offload
+        entry = None if user.key is None else lease.look(user.key)
+        if entry is None and user.key is not None and offload is not None:
+            on_disk = offload.look(user.key)
+            if on_disk is not None and not self.context.cache.expired(on_disk):
+                found = look_up(policy, on_disk, user.history, user.context)
+                if found.entry is not None and not any(found.dropped):  # across an anchor no state is loaded
+                    return dataclasses.replace(found, offloaded=True)
+        return look_up(policy, entry, user.history, user.context)
+
+    def _load(self, lease: Lease, plan: UserPlan) -> UserPlan:
+        """Reads a state into its slot; the new plan goes on from there, or prefills where the disk failed."""
+        user, entry, offload = plan.user, plan.lookup.entry, self.context.offload
+        assert user.key is not None
+        assert entry is not None
+        assert offload is not None
         with self._timed("load"):
-            state = self.spill.take(one.key)
+            state = offload.take(user.key)
             if state is None:
-                return look_up(self.loaded.policy, None, one.history, one.context)
-            self.pool.write(slot, state)
-        held = dataclasses.replace(held, slot=slot)
-        lease.commit(one.key, held, computed=False)
-        return dataclasses.replace(look, held=held)
+                lookup = look_up(self.context.version.policy, None, user.history, user.context)
+                return plan_user(plan.row, user, lookup, plan.target, checks_drift=False)
+            self.context.pool.write(plan.target, state)
+        entry = dataclasses.replace(entry, slot=plan.target)
+        lease.commit(user.key, entry, computed=False)
+        lookup = dataclasses.replace(plan.lookup, entry=entry, offloaded=False)
+        return plan_user(plan.row, user, lookup, None, checks_drift=False)
 
-    def _spill(self, lease: Lease) -> None:
-        """Saves what this pass drove out of the memory, after the scores are known or a step has failed."""
-        if self.spill is not None and lease.evicted:
-            with self._timed("spill"):
-                for key, held in lease.evicted:
-                    try:
-                        self.spill.put(key, held, self.pool.read(held.slot))
-                    except Exception as error:  # a state that is lost costs a prefill, not this request
-                        log.warning("a state could not be spilled: %s", error)
+    def _prefill(self, plans: Sequence[UserPlan]) -> None:
+        if plans:
+            version = self.context.version
+            with self._timed("prefill"):
+                inputs = version.encoder.user_inputs([plan.user.parsed for plan in plans])
+                version.backend.prefill(self.context.pool, [plan.target for plan in plans], inputs)
 
-    def _compute(self, graph: str, users: list[int], found: Sequence[Lookup], slots: Sequence[int]) -> None:
-        if not users:
-            return
-        chosen = [self.encoded[u] for u in users]
-        with self._timed(graph):
-            if graph == "prefill":
-                starts, run = [self.loaded.start(one) for one in chosen], self.loaded.backend.prefill
-            else:
-                starts, run = [_held(found[u]).tokens for u in users], self.loaded.backend.append
-            run(self.pool, [slots[u] for u in users], {**self.loaded.events(chosen, starts), **self._profiles(users)})
+    def _append(self, plans: Sequence[UserPlan]) -> None:
+        if plans:
+            version = self.context.version
+            with self._timed("append"):
+                starts = [plan.user.parsed.length - plan.lookup.fresh for plan in plans]
+                inputs = version.encoder.user_inputs([plan.user.parsed for plan in plans], starts)
+                version.backend.append(self.context.pool, [plan.target for plan in plans], inputs)
 
-    def _commit(self, lease: Lease, users: list[int], found: Sequence[Lookup], slots: Sequence[int]) -> None:
-        for user in users:
-            self._keep(lease, user, found[user], slots[user], found[user].crossings)
-            key = self.encoded[user].key
-            if self.spill is not None and key is not None:
-                self.spill.forget(key)  # an older one
+    def _commit(self, lease: Lease, plans: Sequence[UserPlan]) -> None:
+        for plan in plans:
+            self._keep(lease, plan, plan.target, plan.lookup.crossings)
+            if self.context.offload is not None and plan.user.key is not None:
+                self.context.offload.forget(plan.user.key)  # an older one
 
-    def _keep(self, lease: Lease, user: int, look: Lookup, slot: int, crossings: int) -> None:
-        one = self.encoded[user]
-        if one.key is not None:
-            lease.commit(
-                one.key,
-                Held(slot=slot, tokens=look.tokens, events=look.events, context=one.context, crossings=crossings),
-            )
+    def _keep(self, lease: Lease, plan: UserPlan, slot: int, crossings: int) -> None:
+        key, look = plan.user.key, plan.lookup
+        if key is not None:
+            context = plan.user.context
+            entry = CacheEntry(slot=slot, tokens=look.tokens, events=look.events, context=context, crossings=crossings)
+            lease.commit(key, entry)
 
-    def _decode(self, component: str, users: list[int], slots: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+    def _decode(self, component: str, plans: Sequence[UserPlan], slots: Sequence[int]) -> Logits:
+        version, rows = self.context.version, [plan.row for plan in plans]
         with self._timed(component):
-            inputs = {name: value[users] for name, value in self.candidates.items()} | self._profiles(users)
-            return self.loaded.backend.decode(self.pool, slots, inputs, self.counts[users])
+            profiles = version.encoder.profiles([plan.user.parsed for plan in plans])
+            inputs: Columns = {name: value[rows] for name, value in self.candidates.items()} | profiles
+            return version.backend.decode(self.context.pool, slots, inputs, self.counts[rows])
 
-    def _drift(
-        self, lease: Lease, user: int, look: Lookup, slot: int, stale: Mapping[str, NDArray[np.float32]]
-    ) -> float:
+    def _measure_drift(self, lease: Lease, plan: UserPlan, stale: Logits) -> float:
         """Prefills a stale user as well; the exact state takes the place of the stale one."""
-        one = self.encoded[user]
+        version, slot = self.context.version, plan.drift_slot
+        assert slot is not None
         with self._timed("drift"):
-            inputs = {**self.loaded.events([one], [self.loaded.start(one)]), **one.profile}
-            self.loaded.backend.prefill(self.pool, [slot], inputs)
-        self._keep(lease, user, look, slot, crossings=0)
-        exact = self._decode("drift", [user], [slot])
-        count = int(self.counts[user])
-        return max(float(np.abs(value[0, :count] - stale[task][user, :count]).max()) for task, value in exact.items())
+            version.backend.prefill(self.context.pool, [slot], version.encoder.user_inputs([plan.user.parsed]))
+        self._keep(lease, plan, slot, crossings=0)
+        exact = self._decode("drift", [plan], [slot])
+        count = int(self.counts[plan.row])
+        return max(float(np.abs(exact[task][0, :count] - stale[task][plan.row, :count]).max()) for task in exact)
 
-    def _profiles(self, users: Sequence[int]) -> Inputs:
-        profiles = [self.encoded[u].profile for u in users]
-        return {name: np.concatenate([profile[name] for profile in profiles]) for name in profiles[0]}
+    def _offload(self, lease: Lease) -> None:
+        """Saves what this batch drove out of the memory, after the scores are known or a step has failed."""
+        offload = self.context.offload
+        if offload is not None and lease.evicted:
+            with self._timed("offload"):
+                for key, entry in lease.evicted:
+                    try:
+                        offload.put(key, entry, self.context.pool.read(entry.slot))
+                    except Exception as error:  # a state that is lost costs a prefill, not this request
+                        log.warning("a state could not be offloaded: %s", error)
 
     @contextmanager
     def _timed(self, component: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self.seconds[component] = self.seconds.get(component, 0.0) + time.perf_counter() - began
-
-
-def _held(look: Lookup) -> Held:
-    assert look.held is not None
-    return look.held

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from onetrans.errors import ConfigError
 from onetrans.runtime.cache.config import CacheConfig
-from onetrans.runtime.cache.lookup import Held, Kind, Policy, look_up
+from onetrans.runtime.cache.lookup import CacheEntry, Kind, Policy, look_up
 from onetrans.runtime.cache.state_cache import StateCache
 from onetrans.runtime.manifest import Manifest
 from onetrans.sizing.arrivals import Arrivals, Trace
@@ -33,7 +33,7 @@ class CountedHistory:
     tokens: int
 
     def digests(self, count: int) -> tuple[bytes, bytes]:
-        """Of the first `count` tokens, and of all."""
+        """Stands for the first `count` tokens, and for all of them."""
         return b"%d" % count, b"%d" % self.tokens
 
 
@@ -126,17 +126,17 @@ def replay(trace: Trace, manifest: Manifest, config: CacheConfig) -> Replay:
     Args:
         trace: Requests.
         manifest: Of the bundle.
-        config: Of the cache; exact reuse and no spill file.
+        config: Of the cache; exact reuse and no offload file.
 
     Raises:
         ConfigError: The memory does not hold two users.
     """
     assert config.reuse == "exact"
-    assert config.spill is None
-    policy = Policy(pyramid=manifest.pyramid, appends="append" in manifest.graphs)
-    slots, working = config.slots(manifest.bytes_per_user)
+    assert config.offload is None
+    policy = Policy(pyramid=manifest.pyramid, can_append="append" in manifest.graphs)
+    slots, compute_slots = config.slots(manifest.bytes_per_user)
     now = 0.0
-    cache = StateCache(slots, working=working, ttl=config.ttl, clock=lambda: now)
+    cache = StateCache(slots, compute_slots=compute_slots, ttl=config.ttl, clock=lambda: now)
     before: Counter[str] = Counter()
     past = trace.past
     kinds: list[Kind] = []
@@ -150,12 +150,12 @@ def replay(trace: Trace, manifest: Manifest, config: CacheConfig) -> Replay:
         key, digest = ("", str(user)), b"%d" % context
         with cache.use([key]) as lease:
             found = look_up(policy, lease.look(key), CountedHistory(tokens), digest)
-            slot = found.held.slot if found.held else lease.take(1)[0]
+            slot = found.entry.slot if found.entry else lease.take(1)[0]
             if found.recompute:
-                lease.commit(key, Held(slot=slot, tokens=tokens, events=found.events, context=digest))
+                lease.commit(key, CacheEntry(slot=slot, tokens=tokens, events=found.events, context=digest))
         kinds.append(found.kind)
-        computed.append(found.fresh if found.held else tokens - policy.pyramid.starts(tokens)[0])
-        renewed.append(found.held is not None and found.recompute)
+        computed.append(found.fresh if found.entry else tokens - policy.pyramid.starts(tokens)[0])
+        renewed.append(found.entry is not None and found.recompute)
     cache.check_integrity()
     counts = cache.counts - before
     return Replay(past, kinds, np.array(computed), np.array(renewed), counts, len(cache))
@@ -220,7 +220,7 @@ def make_plan(
 
     memory, users = config.state_memory, int(trace.user.max()) + 1
     at, double = with_memory(memory), with_memory(2 * memory)
-    unlimited = with_memory((users + config.working) * manifest.bytes_per_user)
+    unlimited = with_memory((users + config.compute_slots) * manifest.bytes_per_user)
     saving = 1 - unlimited.milliseconds / at.milliseconds
     return Plan(
         machines=high,
@@ -237,8 +237,8 @@ def make_plan(
 
 
 def _machine(trace: Trace, manifest: Manifest, config: CacheConfig, costs: Costs, qps: float) -> Machine:
-    slots, working = config.slots(manifest.bytes_per_user)
-    capacity = slots - working
+    slots, compute_slots = config.slots(manifest.bytes_per_user)
+    capacity = slots - compute_slots
     users = int(trace.user.max()) + 1
     if capacity < users:  # of the past, only as many users as fit can be cached still
         trace = trace.part(slice(max(0, trace.past - capacity), None))
@@ -247,7 +247,7 @@ def _machine(trace: Trace, manifest: Manifest, config: CacheConfig, costs: Costs
     else:  # nobody is evicted, so users who do not come need not be replayed
         come = np.zeros(users, bool)
         come[trace.user[trace.past :]] = True
-        room = (int(come.sum()) + config.working) * manifest.bytes_per_user
+        room = (int(come.sum()) + config.compute_slots) * manifest.bytes_per_user
         found = replay(trace.part(come[trace.user]), manifest, dataclasses.replace(config, state_memory=room))
         cached = users
     kinds = found.kinds[found.past :]

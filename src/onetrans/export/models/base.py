@@ -43,7 +43,7 @@ class ModelAdapter(Protocol):
         module: The model in eval mode; its one `forward` is what gets captured.
         name: The model's name.
         config: The model's configuration as plain data; it holds `schema` and `merge`, which encode requests.
-        description: Words about the model for the picture, under the names of `onetrans.runtime.manifest.DESCRIPTION`.
+        description: The model's sizes in words, for the picture: name to value.
         tasks: Names of the forward's results, in order.
         pyramid: The windows of every layer.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from onetrans.export.models.base import Bounds, CaptureInputs
-from onetrans.features.encode import encode_candidates, encode_tokens, encode_users, input_specs
-from onetrans.features.merge import Merge, TokenColumns, merge_tokens, parse_history
+from onetrans.features.encode import input_specs
+from onetrans.features.encoder import ParsedRequest, RequestEncoder
+from onetrans.features.merge import Merge
 from onetrans.features.random_requests import random_request
 from onetrans.features.schema import Feature
 from onetrans.model.checkpoint import weights_hash
@@ -37,9 +39,9 @@ class OneTransAdapter:
         self.tasks = c.tasks
         self.pyramid = c.pyramid
         self.description: Mapping[str, str] = {
-            "size": f"d {c.d}, {c.heads} heads",
-            "candidate_tokens": f"{c.l_ns} NS-tokens",
-            "candidate_rows": f"C × {c.l_ns} rows",
+            "width": str(c.d),
+            "heads": str(c.heads),
+            "NS-tokens": str(c.l_ns),
         }
 
     @classmethod
@@ -130,55 +132,44 @@ class _Cases:
     """Makes cases of random requests, with the logits of a model and of its float64 copy."""
 
     def __init__(self, model: OneTrans, rng: np.random.Generator) -> None:
+        config = model.config
         self.model, self.reference = model, copy.deepcopy(model).double()
+        self.encoder = RequestEncoder(schema=config.schema, merge=cast(Merge, config.merge), pyramid=config.pyramid)
         self.rng = rng
 
     def prefill(self, name: str, lengths: Sequence[int], candidates: int) -> ParityCase:
         """Histories of so many events, prefilled."""
-        tokens, profile, candidate = self._requests(lengths, candidates)
-        return self._case(name, self._window(tokens, lengths) | profile, {}, profile, candidate)
+        parsed = self._requests(lengths, candidates)
+        return self._case(name, parsed, prefill=self.encoder.user_inputs(parsed), append={})
 
     def append(self, old: int, new: int, candidates: int) -> ParityCase:
         """A state of the first `old` events grown to `new`."""
-        tokens, profile, candidate = self._requests([new], candidates)
-        whole = self._window(tokens, [new]) | profile
-        start = self.model.config.pyramid.starts(old)[0]
-        assert start == whole["history_start"][0], "the append crosses an anchor"
-        added = encode_tokens(self.model.config.schema, tokens, [old]) | profile
-        name = f"append {new - old} events to {old}"
-        before = self._window(tokens, [old]) | profile
-        return self._case(name, whole, {"prefill": before, "append": added}, profile, candidate)
-
-    def _case(
-        self, name: str, whole: Arrays, parts: Mapping[str, Arrays], profile: Arrays, candidate: Arrays
-    ) -> ParityCase:
-        inputs = whole | candidate
-        return ParityCase(
-            name=name,
-            prefill=parts.get("prefill", whole),
-            append=parts.get("append", {}),
-            decode=profile | candidate,
-            reference=run_model(self.reference, inputs),
-            eager=run_model(self.model, inputs),
-            tokens=whole["history_start"] + whole["history_length"],
+        assert self.encoder.pyramid.can_append(old, new)
+        parsed = self._requests([new], candidates)
+        before = [replace(one, tokens={name: column[:old] for name, column in one.tokens.items()}) for one in parsed]
+        return self._case(
+            f"append {new - old} events to {old}",
+            parsed,
+            prefill=self.encoder.user_inputs(before),
+            append=self.encoder.user_inputs(parsed, [old]),
         )
 
-    def _requests(self, lengths: Sequence[int], candidates: int) -> tuple[list[TokenColumns], Arrays, Arrays]:
-        config = self.model.config
-        schema, merge = config.schema, cast(Merge, config.merge)
+    def _requests(self, lengths: Sequence[int], candidates: int) -> list[ParsedRequest]:
+        schema = self.encoder.schema
         requests = [random_request(schema, events=n, candidates=candidates, rng=self.rng) for n in lengths]
-        tokens = [merge_tokens(schema, parse_history(schema, request.history), merge) for request in requests]
-        profile = encode_users(schema, [request.profile for request in requests])
-        return tokens, profile, encode_candidates(schema, [request.candidates for request in requests])[0]
+        return [self.encoder.parse(request) for request in requests]
 
-    def _window(self, tokens: Sequence[TokenColumns], lengths: Sequence[int]) -> Arrays:
-        """History inputs of the first `lengths` tokens (all of them where separators were merged in)."""
-        config = self.model.config
-        known = [
-            {name: column[:n] for name, column in t.items()} if config.merge == "time" else t
-            for t, n in zip(tokens, lengths, strict=True)
-        ]
-        return encode_tokens(config.schema, known, [config.pyramid.starts(len(t["behaviour"]))[0] for t in known])
+    def _case(self, name: str, parsed: Sequence[ParsedRequest], *, prefill: Arrays, append: Arrays) -> ParityCase:
+        inputs = self.encoder.inputs(parsed)
+        return ParityCase(
+            name=name,
+            prefill=prefill,
+            append=append,
+            decode=self.encoder.profiles(parsed) | self.encoder.candidate_inputs(parsed)[0],
+            reference=run_model(self.reference, inputs),
+            eager=run_model(self.model, inputs),
+            tokens=np.array([one.length for one in parsed], dtype=np.int64),
+        )
 
 
 def run_model(model: OneTrans, inputs: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -1,1 +1,1 @@
-"""The user-state cache: what a slot holds, whether a request can use it, and who holds which slot."""
+"""The user-state cache: what a slot holds, whether a request can use it, and which slot belongs to whom."""

@@ -31,7 +31,7 @@ class RunningHash:
         self._rows = np.concatenate(packed, axis=1) if packed else np.zeros((0, 0), np.uint8)
 
     def digests(self, count: int) -> tuple[bytes, bytes]:
-        """Of the first `count` tokens, and of all."""
+        """Hashes the first `count` tokens, and all of them."""
         running = hashlib.blake2b(self._rows[:count].tobytes(), digest_size=DIGEST_BYTES)
         first = running.digest()
         running.update(self._rows[count:].tobytes())
@@ -39,7 +39,7 @@ class RunningHash:
 
 
 def context_digest(inputs: Mapping[str, NDArray[Any]]) -> bytes:
-    """Of the user-scope inputs that are no events: profile and request context, with their shapes."""
+    """Hashes the user-scope inputs that are no events: profile and request context, with their shapes."""
     running = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name in sorted(inputs):
         value = np.ascontiguousarray(inputs[name])

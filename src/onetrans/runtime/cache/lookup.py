@@ -22,15 +22,15 @@ class HistoryHash(Protocol):
         """Its S-tokens."""
 
     def digests(self, count: int) -> tuple[bytes, bytes]:
-        """Of the first `count` tokens, and of all."""
+        """Hashes the first `count` tokens, and all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class CacheEntry:
     """What a slot holds.
 
     Attributes:
-        slot: Where.
+        slot: Its number.
         tokens: S-tokens since the start of the history.
         events: Running hash of those tokens.
         context: Hash of the profile and context of the last request.
@@ -52,84 +52,83 @@ class Policy:
 
     Attributes:
         pyramid: The bundle's windows.
-        appends: Whether the bundle has an append graph; an intent-ordered merge never has one.
+        can_append: Whether the bundle has an append graph; an intent-ordered merge never has one.
         reuse: `exact`, or `stale` to carry a state across anchors.
         stale_crossings: Anchors that a state is carried across before it is prefilled again.
     """
 
     pyramid: Pyramid
-    appends: bool
+    can_append: bool
     reuse: Reuse = "exact"
     stale_crossings: int = STALE_CROSSINGS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lookup:
-    """What to do for a request.
+    """What the cache has for a request.
 
     Attributes:
         kind: The result.
-        held: The state found; None for a prefill.
+        entry: The state found; None for a prefill.
         fresh: Events that the state lacks.
         recompute: Whether anything is to be computed before decode: new events, or another profile or context.
-        drop: Per layer, tokens that leave the left end of the window; all 0 unless stale.
-        crossings: Of the state after the request.
+        dropped: Per layer, tokens that leave the left end of the window; all 0 unless stale.
+        crossings: Anchors that the state will have been carried across after the request.
         events: Running hash of the request's whole history.
-        tokens: Its S-tokens.
-        spilled: Whether the state must be loaded from the spill file first.
+        tokens: S-tokens of that history.
+        offloaded: Whether the state must be read from the offload file first.
     """
 
     kind: Kind
-    held: Held | None
+    entry: CacheEntry | None
     fresh: int
     recompute: bool
-    drop: tuple[int, ...]
+    dropped: tuple[int, ...]
     crossings: int
     events: bytes
     tokens: int
-    spilled: bool = False
+    offloaded: bool = False
 
 
-def look_up(policy: Policy, held: Held | None, history: HistoryHash, context: bytes) -> Lookup:
+def look_up(policy: Policy, entry: CacheEntry | None, history: HistoryHash, context: bytes) -> Lookup:
     """Decides what a request does with the state that its user has.
 
     The state serves if the tokens that it was computed from are the first ones of the request's history, decided by
     their hash. It is exact as long as no layer's keys start elsewhere (`onetrans.features.windows`). Another profile or
     context leaves the windows valid: what depends on it is made anew by an append of no events.
     """
-    layers = policy.pyramid.layers
-    prefix, whole = history.digests(min(held.tokens, history.tokens) if held else 0)
+    pyramid = policy.pyramid
+    prefix, whole = history.digests(min(entry.tokens, history.tokens) if entry else 0)
     prefill = Lookup(
         kind="prefill",
-        held=None,
+        entry=None,
         fresh=history.tokens,
         recompute=True,
-        drop=(0,) * layers,
+        dropped=(0,) * pyramid.layers,
         crossings=0,
         events=whole,
         tokens=history.tokens,
     )
-    if held is None or held.tokens > history.tokens or held.events != prefix:
+    if entry is None or entry.tokens > history.tokens or entry.events != prefix:
         return prefill
-    fresh = history.tokens - held.tokens
-    recompute = fresh > 0 or held.context != context
-    if recompute and not (policy.appends and held.tokens):
+    fresh = history.tokens - entry.tokens
+    recompute = fresh > 0 or entry.context != context
+    if recompute and not (policy.can_append and entry.tokens):
         return prefill
-    exact = fresh == 0 or policy.pyramid.can_append(held.tokens, history.tokens)
-    chunk = policy.pyramid.chunk
-    crossed = 0 if exact else history.tokens // chunk - held.tokens // chunk
-    crossings = held.crossings + crossed
+    exact = fresh == 0 or pyramid.can_append(entry.tokens, history.tokens)
+    crossed = 0 if exact else history.tokens // pyramid.chunk - entry.tokens // pyramid.chunk
+    crossings = entry.crossings + crossed
     if crossings and (policy.reuse != "stale" or crossings > policy.stale_crossings):
         return prefill
-    before, after = (policy.pyramid.key_starts(n) for n in (held.tokens, history.tokens))
-    if crossed and any(start >= held.tokens for start in after):  # a layer would keep nothing
+    before, after = (pyramid.key_starts(n) for n in (entry.tokens, history.tokens))
+    if crossed and any(start >= entry.tokens for start in after):  # a layer would keep nothing
         return prefill
     return Lookup(
         kind="stale" if crossings else "append" if fresh else "reuse",
-        held=held,
+        entry=entry,
         fresh=fresh,
         recompute=recompute,
-        drop=tuple(b - a for a, b in zip(before, after, strict=True)),
+        dropped=tuple(b - a for a, b in zip(before, after, strict=True)),
         crossings=crossings,
         events=whole,
         tokens=history.tokens,

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from onetrans.errors import ConfigError, StateError
-from onetrans.runtime.cache.lookup import Held
+from onetrans.runtime.cache.lookup import CacheEntry
 
 Key = tuple[str, str]  # model version, user
 
@@ -32,32 +32,34 @@ class StateCache:
         self,
         slots: int,
         *,
-        working: int,
+        compute_slots: int,
         ttl: float | None = None,
         clock: Callable[[], float] = time.monotonic,
-        spills: bool = False,
+        keeps_evicted: bool = False,
     ) -> None:
         """Makes an empty cache.
 
         Args:
-            slots: In all.
-            working: Of these, kept for states being computed; at least 1.
+            slots: All that there are.
+            compute_slots: Slots kept free for states being computed; at least 1.
             ttl: Seconds after which a state is no longer used, counted from when it was computed; None for no limit.
-            clock: Seconds.
-            spills: Whether the slot of a state that must go stays with the lease that drove it out, in `Lease.evicted`,
-                so that its content can be saved.
+            clock: Gives the time in seconds.
+            keeps_evicted: Whether the slot of a state that must go stays with the lease that drove it out, in
+                `Lease.evicted`, so that its content can be saved.
 
         Raises:
-            ConfigError: The numbers leave nothing to work with.
+            ConfigError: The numbers leave no slot to compute in, or no time.
         """
-        if not 1 <= working <= slots:
-            raise ConfigError(f"working is {working}; of {slots} slots, 1 to {slots} can be kept for states at work")
+        if not 1 <= compute_slots <= slots:
+            raise ConfigError(
+                f"compute_slots is {compute_slots}; of {slots} slots, 1 to {slots} can be kept to compute in"
+            )
         if ttl is not None and not ttl > 0:
             raise ConfigError(f"ttl is {ttl}; give seconds above 0, or none for no limit")
-        self.slots, self.working, self.capacity = slots, working, slots - working
-        self.ttl, self.clock, self.spills = ttl, clock, spills
+        self.slots, self.compute_slots, self.capacity = slots, compute_slots, slots - compute_slots
+        self.ttl, self.clock, self.keeps_evicted = ttl, clock, keeps_evicted
         self.counts: Counter[str] = Counter()  # evicted, expired, invalidated, turned_away
-        self._entries: OrderedDict[Key, Held] = OrderedDict()
+        self._entries: OrderedDict[Key, CacheEntry] = OrderedDict()
         self._free = list(reversed(range(slots)))
         self._leased: set[int] = set()
         self._busy: set[Key] = set()
@@ -70,7 +72,7 @@ class StateCache:
 
     @contextmanager
     def use(self, keys: Sequence[Key]) -> Iterator[Lease]:
-        """Has these users' states for oneself until the end of the block; waits for whoever has one of them now.
+        """Locks some users' states until the end of the block; waits while another caller has one of them.
 
         All are taken at once, so two callers never wait for each other; in the order of arrival, so none waits forever.
         """
@@ -105,46 +107,46 @@ class StateCache:
             return sum(self._forget(key, "invalidated") for key in idle)
 
     def expire(self) -> int:
-        """Forgets every state past its time that no request uses now; how many. A lookup does so for its own."""
+        """Forgets every state past its time that no request uses now; how many. A lookup forgets its own user's."""
         with self._changed:
-            idle = [key for key, held in self._entries.items() if key not in self._busy and self.expired(held)]
+            idle = [key for key, entry in self._entries.items() if key not in self._busy and self.expired(entry)]
             return sum(self._forget(key, "expired") for key in idle)
 
-    def held(self) -> dict[Key, Held]:
-        """What is cached now, least recently used first."""
+    def entries(self) -> dict[Key, CacheEntry]:
+        """Lists what is cached now, least recently used first."""
         with self._changed:
             return dict(self._entries)
 
-    def visit(self, check: Callable[[Key, Held], None]) -> None:
+    def visit(self, check: Callable[[Key, CacheEntry], None]) -> None:
         """Calls `check` with every state that no request uses now; they stand still meanwhile."""
         with self._changed:
-            for key, held in self._entries.items():
+            for key, entry in self._entries.items():
                 if key not in self._busy:
-                    check(key, held)
+                    check(key, entry)
 
     def check_integrity(self) -> None:
-        """Checks that every slot is free, cached or at work, and is so once; may be called at any moment.
+        """Checks that every slot is free, cached or leased, and is so once; may be called at any moment.
 
         Raises:
             StateError: It is not so.
         """
         with self._changed:
-            cached = [held.slot for held in self._entries.values()]
+            cached = [entry.slot for entry in self._entries.values()]
             everywhere = sorted([*cached, *self._free, *self._leased])
             if everywhere != list(range(self.slots)):
                 raise StateError(
                     f"the state cache is broken: {len(cached)} cached, {len(self._free)} free and {len(self._leased)}"
-                    f" working slots are not the {self.slots} there are, each once"
+                    f" leased slots are not the {self.slots} there are, each once"
                 )
-            if len(cached) > self.capacity or len(self._leased) > self.working:
+            if len(cached) > self.capacity or len(self._leased) > self.compute_slots:
                 raise StateError(
                     f"the state cache is broken: {len(cached)} states are cached where {self.capacity} fit, and"
-                    f" {len(self._leased)} slots at work where {self.working} are kept"
+                    f" {len(self._leased)} slots are leased where {self.compute_slots} are kept for that"
                 )
 
-    def expired(self, held: Held) -> bool:
+    def expired(self, entry: CacheEntry) -> bool:
         """Whether a state's time is over."""
-        return self.ttl is not None and self.clock() - held.stored > self.ttl
+        return self.ttl is not None and self.clock() - entry.stored > self.ttl
 
     def _before(self, wanted: set[Key]) -> bool:
         """Whether someone who came earlier waits for one of these users."""
@@ -152,30 +154,32 @@ class StateCache:
 
     def _forget(self, key: Key, why: str) -> bool:
         with self._changed:
-            held = self._entries.pop(key, None)
-            if held is None:
+            entry = self._entries.pop(key, None)
+            if entry is None:
                 return False
-            self._free.append(held.slot)
+            self._free.append(entry.slot)
             self.counts[why] += 1
             return True
 
-    def _look(self, key: Key) -> Held | None:
+    def _look(self, key: Key) -> CacheEntry | None:
         with self._changed:
-            held = self._entries.get(key)
-            if held is None:
+            entry = self._entries.get(key)
+            if entry is None:
                 return None
-            if self.expired(held):
+            if self.expired(entry):
                 self._forget(key, "expired")
                 return None
             self._entries.move_to_end(key)
-            return held
+            return entry
 
     def _take(self, count: int) -> list[int]:
         turn = object()
         with self._changed:
             self._queue.append(turn)
             try:  # in turn, since one who needs many would wait forever behind those who need one
-                self._changed.wait_for(lambda: self._queue[0] is turn and len(self._leased) + count <= self.working)
+                self._changed.wait_for(
+                    lambda: self._queue[0] is turn and len(self._leased) + count <= self.compute_slots
+                )
                 taken = [self._free.pop() for _ in range(count)]
                 self._leased.update(taken)
             finally:
@@ -183,7 +187,7 @@ class StateCache:
                 self._changed.notify_all()
             return taken
 
-    def _commit(self, lease: Lease, key: Key, held: Held) -> bool:
+    def _commit(self, lease: Lease, key: Key, entry: CacheEntry) -> bool:
         with self._changed:
             old = self._entries.get(key)
             if old is None and len(self._entries) >= self.capacity:
@@ -191,7 +195,7 @@ class StateCache:
                 if victim is None:
                     self.counts["turned_away"] += 1
                     return False
-                if self.spills:
+                if self.keeps_evicted:
                     gone = self._entries.pop(victim)
                     lease.evicted.append((victim, gone))
                     lease.slots.add(gone.slot)
@@ -201,12 +205,12 @@ class StateCache:
                     self.counts["evicted"] += 1
                 else:
                     self._forget(victim, "evicted")
-            if old is not None and old.slot != held.slot:
+            if old is not None and old.slot != entry.slot:
                 self._free.append(old.slot)
-            self._entries[key] = held
+            self._entries[key] = entry
             self._entries.move_to_end(key)
-            self._leased.discard(held.slot)
-            lease.slots.discard(held.slot)
+            self._leased.discard(entry.slot)
+            lease.slots.discard(entry.slot)
             self._changed.notify_all()
             return True
 
@@ -223,10 +227,10 @@ class Lease:
         self._cache = cache
         self.keys = keys
         self.slots: set[int] = set()
-        self.evicted: list[tuple[Key, Held]] = []
+        self.evicted: list[tuple[Key, CacheEntry]] = []
 
-    def look(self, key: Key) -> Held | None:
-        """The user's state, unless its time is over; it becomes the most recently used."""
+    def look(self, key: Key) -> CacheEntry | None:
+        """Finds the user's state, unless its time is over; it becomes the most recently used."""
         assert key in self.keys
         return self._cache._look(key)
 
@@ -236,7 +240,7 @@ class Lease:
         return self._cache._forget(key, "invalidated")
 
     def take(self, count: int) -> list[int]:
-        """Slots to compute in, all at once and only once per lease; waits for those who have them now.
+        """Takes slots to compute in, all at once and only once per lease; waits for those who have them now.
 
         They are given back at the end of the lease, unless committed.
         """
@@ -245,12 +249,12 @@ class Lease:
         self.slots.update(taken)
         return taken
 
-    def commit(self, key: Key, held: Held, *, computed: bool = True) -> bool:
+    def commit(self, key: Key, entry: CacheEntry, *, computed: bool = True) -> bool:
         """Makes what a slot holds the user's state, in the place of an older one or of the least recently used.
 
         Args:
             key: The user.
-            held: What the slot holds.
+            entry: What the slot holds.
             computed: Whether it was computed now; else it keeps its age.
 
         Returns:
@@ -258,5 +262,5 @@ class Lease:
         """
         assert key in self.keys
         if computed:
-            held = dataclasses.replace(held, stored=self._cache.clock())
-        return self._cache._commit(self, key, held)
+            entry = dataclasses.replace(entry, stored=self._cache.clock())
+        return self._cache._commit(self, key, entry)

@@ -16,8 +16,8 @@ from onetrans.features.random_requests import first_events
 from onetrans.features.requests import Request
 from onetrans.runtime import CacheConfig, Ranker, Scores
 from onetrans.runtime.backends.base import BackendOptions
-from onetrans.runtime.cache.lookup import Held
-from onetrans.runtime.cache.spill import SpillFile
+from onetrans.runtime.cache.lookup import CacheEntry
+from onetrans.runtime.cache.offload import OffloadFile
 from parity_tests.conftest import request_of
 from parity_tests.states import retrained
 
@@ -39,9 +39,9 @@ def users(plain: Ranker) -> list[Request]:
     return [request_of(schema, events=63, candidates=20, seed=user) for user in range(USERS)]
 
 
-def spilling(bundle: Path, folder: Path, *, slots: int = 6, spilled: int = USERS, **options: object) -> Ranker:
+def offloading(bundle: Path, folder: Path, *, slots: int = 6, room: int = USERS, **options: object) -> Ranker:
     size = Ranker.open(bundle, options=BackendOptions(threads=1)).bundle.manifest.bytes_per_user
-    config = CacheConfig(state_memory=slots * size, spill=folder, spill_memory=spilled * size, **options)  # type: ignore[arg-type]
+    config = CacheConfig(state_memory=slots * size, offload=folder, offload_memory=room * size, **options)  # type: ignore[arg-type]
     return Ranker.open(bundle, options=BackendOptions(threads=1), cache=config)
 
 
@@ -56,12 +56,12 @@ def difference(a: Scores, b: Scores) -> float:
 def test_every_user_comes_back_bit_by_bit_though_few_fit_the_memory(
     tiny_bundle: Path, users: list[Request], tmp_path: Path
 ) -> None:
-    ranker = spilling(tiny_bundle, tmp_path)
+    ranker = offloading(tiny_bundle, tmp_path)
     first = [ask(ranker, users, user, 40) for user in range(USERS)]
     assert {scores.result for scores in first} == {"prefill"}
     assert len(ranker.cache) == ranker.cache.capacity < USERS
-    assert ranker.spill is not None
-    assert len(ranker.cache) + len(ranker.spill) == USERS
+    assert ranker.offload is not None
+    assert len(ranker.cache) + len(ranker.offload) == USERS
     for user in range(USERS):
         again = ask(ranker, users, user, 40)
         assert again.result == "reuse"
@@ -73,8 +73,8 @@ def test_every_user_comes_back_bit_by_bit_though_few_fit_the_memory(
 def test_appends_and_other_contexts_go_on_from_a_loaded_state(
     tiny_bundle: Path, plain: Ranker, users: list[Request], tmp_path: Path
 ) -> None:
-    ranker = spilling(tiny_bundle, tmp_path)
-    never = spilling(tiny_bundle, tmp_path, slots=4 * USERS)
+    ranker = offloading(tiny_bundle, tmp_path)
+    never = offloading(tiny_bundle, tmp_path, slots=4 * USERS)
     for events in (10, 11, 30, 63):
         for user in range(USERS):
             found, kept = (ask(r, users, user, events) for r in (ranker, never))
@@ -89,7 +89,7 @@ def test_appends_and_other_contexts_go_on_from_a_loaded_state(
 
 
 def test_a_batch_loads_what_it_needs(tiny_bundle: Path, users: list[Request], tmp_path: Path) -> None:
-    ranker = spilling(tiny_bundle, tmp_path, slots=9)
+    ranker = offloading(tiny_bundle, tmp_path, slots=9)
     first = ranker.rank_batch([first_events(user, 40, user=f"u{i}") for i, user in enumerate(users)])
     again = ranker.rank_batch([first_events(user, 40, user=f"u{i}") for i, user in enumerate(users)])
     assert {scores.result for scores in again} == {"reuse"}
@@ -98,11 +98,11 @@ def test_a_batch_loads_what_it_needs(tiny_bundle: Path, users: list[Request], tm
 
 
 def test_half_precision_rounds_and_says_so_by_its_size(tiny_bundle: Path, users: list[Request], tmp_path: Path) -> None:
-    ranker = spilling(tiny_bundle, tmp_path, spill_precision="float16")
-    assert ranker.spill is not None
+    ranker = offloading(tiny_bundle, tmp_path, offload_precision="float16")
+    assert ranker.offload is not None
     manifest = ranker.bundle.manifest
     whole = sum(t.bytes_per_user for t in manifest.state if t.dtype == "int64")
-    assert ranker.spill.bytes_per_user == whole + (manifest.bytes_per_user - whole) // 2
+    assert ranker.offload.bytes_per_user == whole + (manifest.bytes_per_user - whole) // 2
     first = [ask(ranker, users, user, 40) for user in range(USERS)]
     again = [ask(ranker, users, user, 40) for user in range(USERS)]
     errors = [difference(a, b) for a, b in zip(first, again, strict=True)]
@@ -111,29 +111,29 @@ def test_half_precision_rounds_and_says_so_by_its_size(tiny_bundle: Path, users:
     assert 0 < max(errors) <= 4 * 2.0**-10 * largest
 
 
-def test_a_changed_history_does_not_use_what_was_spilled(
+def test_a_changed_history_does_not_use_what_was_offloaded(
     tiny_bundle: Path, plain: Ranker, users: list[Request], tmp_path: Path
 ) -> None:
-    ranker = spilling(tiny_bundle, tmp_path)
+    ranker = offloading(tiny_bundle, tmp_path)
     for user in range(USERS):
         ask(ranker, users, user, 40)
-    assert ranker.spill is not None
+    assert ranker.offload is not None
     other = dataclasses.replace(first_events(users[5], 40), user="u0")  # another user's events under this name
     found = ranker.rank_batch([other])[0]
     assert found.result == "prefill"
     assert difference(found, ask(plain, users, 5, 40)) <= 1e-6
-    assert ranker.spill.look((ranker._loaded.version, "u0")) is None
+    assert ranker.offload.look((ranker._version.name, "u0")) is None
 
 
 def test_invalidated_expired_and_outdated_states_are_not_loaded(
     tiny_bundle: Path, users: list[Request], tmp_path: Path
 ) -> None:
-    ranker = spilling(tiny_bundle, tmp_path, ttl=50.0)
+    ranker = offloading(tiny_bundle, tmp_path, ttl=50.0)
     now = [0.0]
     ranker.cache.clock = lambda: now[0]
     for user in range(USERS):
         ask(ranker, users, user, 40)
-    assert ranker.invalidate("u0")  # spilled by now
+    assert ranker.invalidate("u0")  # offloaded by now
     assert ask(ranker, users, 0, 40).result == "prefill"
     now[0] = 49.0
     assert ask(ranker, users, 1, 40).result == "reuse"
@@ -143,48 +143,49 @@ def test_invalidated_expired_and_outdated_states_are_not_loaded(
     ranker.reload(tiny_bundle)  # the same version
     assert ask(ranker, users, 1, 40).result == "reuse"
     ranker.reload(retrained(tiny_bundle, tmp_path / "retrained"))
-    assert ranker.spill is not None
-    assert len(ranker.spill) == len(ranker.cache) == 0
+    assert ranker.offload is not None
+    assert len(ranker.offload) == len(ranker.cache) == 0
     assert ask(ranker, users, 1, 40).result == "prefill"
 
 
-def test_the_first_spilled_goes_first_and_none_is_written_twice(plain: Ranker, tmp_path: Path) -> None:
+def test_the_first_offloaded_goes_first_and_none_is_written_twice(plain: Ranker, tmp_path: Path) -> None:
     manifest = plain.bundle.manifest
-    spill = SpillFile(manifest, tmp_path, 3 * manifest.bytes_per_user)
-    assert spill.slots == 3
+    file = OffloadFile(manifest, tmp_path, 3 * manifest.bytes_per_user)
+    assert file.slots == 3
     pool = plain.backend.allocate(1)
-    plain.backend.prefill(pool, [0], plain.encode_user({}, request_of(manifest.schema, events=0, candidates=1).profile))
+    parsed = plain.encoder.parse(request_of(manifest.schema, events=0, candidates=1))
+    plain.backend.prefill(pool, [0], plain.encoder.user_inputs([parsed]))
     state = pool.read(0)
     for user in ("a", "b", "a", "c", "d"):
-        assert spill.put(("v", user), Held(slot=0, tokens=0, events=b"", context=b""), state)
-    assert [user for user in "abcd" if spill.look(("v", user))] == ["a", "c", "d"]
-    assert spill.take(("v", "b")) is None
-    taken = spill.take(("v", "a"))
+        assert file.put(("v", user), CacheEntry(slot=0, tokens=0, events=b"", context=b""), state)
+    assert [user for user in "abcd" if file.look(("v", user))] == ["a", "c", "d"]
+    assert file.take(("v", "b")) is None
+    taken = file.take(("v", "a"))
     assert taken is not None
     assert all(np.array_equal(taken[name], state[name]) for name in state)
-    assert spill.take(("v", "a")) is None
-    assert len(spill) == 2
-    assert spill.clear() == 2
+    assert file.take(("v", "a")) is None
+    assert len(file) == 2
+    assert file.clear() == 2
 
 
-def test_what_half_precision_cannot_hold_is_not_spilled(plain: Ranker, tmp_path: Path) -> None:
+def test_what_half_precision_cannot_hold_is_not_offloaded(plain: Ranker, tmp_path: Path) -> None:
     manifest = plain.bundle.manifest
-    spill = SpillFile(manifest, tmp_path, manifest.bytes_per_user, "float16")
+    file = OffloadFile(manifest, tmp_path, manifest.bytes_per_user, "float16")
     pool = plain.backend.allocate(1)
     state = pool.read(0)
     state["k0"][0, 0, 0, 0] = 70_000.0
-    assert not spill.put(("v", "a"), Held(slot=0, tokens=0, events=b"", context=b""), state)
-    assert len(spill) == 0
+    assert not file.put(("v", "a"), CacheEntry(slot=0, tokens=0, events=b"", context=b""), state)
+    assert len(file) == 0
 
 
 def test_a_disk_that_fails_costs_a_prefill_and_is_logged(
     tiny_bundle: Path, plain: Ranker, users: list[Request], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ranker = spilling(tiny_bundle, tmp_path)
+    ranker = offloading(tiny_bundle, tmp_path)
     for user in range(USERS):
         ask(ranker, users, user, 40)
-    assert ranker.spill is not None
-    ranker.spill._file.truncate(0)
+    assert ranker.offload is not None
+    ranker.offload._file.truncate(0)
     found = ask(ranker, users, 0, 40)
     assert found.result == "prefill"
     assert difference(found, ask(plain, users, 0, 40)) <= 1e-6
@@ -193,35 +194,35 @@ def test_a_disk_that_fails_costs_a_prefill_and_is_logged(
 
 
 def test_the_file_has_no_name(tiny_bundle: Path, tmp_path: Path) -> None:
-    ranker = spilling(tiny_bundle, tmp_path)
-    assert ranker.spill is not None
+    ranker = offloading(tiny_bundle, tmp_path)
+    assert ranker.offload is not None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_settings_get_one_clear_line(plain: Ranker, tmp_path: Path) -> None:
     manifest = plain.bundle.manifest
     with pytest.raises(ConfigError, match="holds no state of"):
-        SpillFile(manifest, tmp_path, manifest.bytes_per_user - 1)
-    with pytest.raises(ConfigError, match="'int8' is not one of same, float16"):
-        SpillFile(manifest, tmp_path, 1 << 20, "int8")  # type: ignore[arg-type]
+        OffloadFile(manifest, tmp_path, manifest.bytes_per_user - 1)
+    with pytest.raises(ConfigError, match="offload_precision 'int8' is not one of same, float16"):
+        CacheConfig(offload_precision="int8")
     with pytest.raises(JobError, match=r"absent cannot take a file of .* No such file"):
-        SpillFile(manifest, tmp_path / "absent", 1 << 20)
+        OffloadFile(manifest, tmp_path / "absent", 1 << 20)
     with pytest.raises(JobError, match="cannot take a file"):
-        SpillFile(manifest, tmp_path, 1 << 60)
+        OffloadFile(manifest, tmp_path, 1 << 60)
     with pytest.raises(ConfigError, match="give both or neither"):
-        CacheConfig(state_memory=1 << 20, spill=tmp_path)
+        CacheConfig(state_memory=1 << 20, offload=tmp_path)
     with pytest.raises(ConfigError, match="give state_memory as well"):
-        CacheConfig(spill=tmp_path, spill_memory=1 << 20)
+        CacheConfig(offload=tmp_path, offload_memory=1 << 20)
 
 
 def test_what_was_driven_out_is_saved_though_the_request_fails(
     tiny_bundle: Path, users: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranker = spilling(tiny_bundle, tmp_path)
+    ranker = offloading(tiny_bundle, tmp_path)
     capacity = ranker.cache.capacity
     for user in range(capacity):
         ask(ranker, users, user, 40)
-    assert ranker.spill is not None
+    assert ranker.offload is not None
 
     def decode(*args: object) -> None:
         raise FailedError
@@ -238,7 +239,7 @@ def test_a_file_whose_every_slot_is_busy_costs_a_state_and_no_request(
     tiny_bundle: Path, users: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One slot in the file, slow writes, four threads of requests that all drive somebody out."""
-    ranker = spilling(tiny_bundle, tmp_path, slots=24, spilled=1, working=4)
+    ranker = offloading(tiny_bundle, tmp_path, slots=24, room=1, compute_slots=4)
     write = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda *args: (time.sleep(0.002), write(*args))[1])
     people = [f"p{index}" for index in range(80)]
@@ -249,6 +250,6 @@ def test_a_file_whose_every_slot_is_busy_costs_a_state_and_no_request(
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(visit, people)) == {"prefill"}
     assert ranker.cache.counts["evicted"] == len(people) - ranker.cache.capacity
-    assert ranker.spill is not None
-    assert len(ranker.spill) == 1
+    assert ranker.offload is not None
+    assert len(ranker.offload) == 1
     ranker.check_integrity()
