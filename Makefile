@@ -16,11 +16,11 @@ demo: $(VENV)/.installed  ## train tiny, export it to ONNX, verify, score a requ
 	$(BIN)/onetrans score $(DEMO)/bundle --input $(DEMO)/logs --limit 1
 	$(BIN)/onetrans bench $(DEMO)/bundle
 
-check: lint  ## lint, and the tests that are not slow: minutes
-	$(BIN)/pytest -m "not slow"
+check: lint  ## lint, and the tests that are not slow, two files at a time: minutes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-test: lint  ## lint, and every test
-	$(BIN)/pytest
+test: check  ## the same, then the slow tests one after another: they use both cores, or are timed
+	$(BIN)/pytest -m slow
 
 lint: $(VENV)/.installed  ## ruff, mypy strict, import rules
 	$(BIN)/ruff check .

@@ -81,7 +81,7 @@ def test_nothing_public_is_there_for_tests_alone() -> None:
         for name, _ in definitions(tree)
         if (module, name) not in uses
     ]
-    assert unused == []
+    assert not unused, "\n".join(unused)
 
 
 def test_a_use_is_told_from_a_definition() -> None:
