@@ -24,7 +24,7 @@ def suite_of(name: str) -> Suite:
         found.setdefault(measure.name, measure)
     gpu = name == "gpu"
     needs = (TESTS, CEILINGS) if gpu else ()
-    facts = dict if name == "cpu" else _tuned
+    facts = {"cpu": dict, "gpu": _timed, "compiled": _tuned}[name]
     return Suite(name=name, measures=found, needs=needs, budget=450.0 if gpu else float("inf"), gpu=gpu, facts=facts)
 
 
@@ -36,6 +36,13 @@ def _tuned() -> dict[str, Any]:
     from onetrans.kernels.launch import table
 
     return {"tuned_sha256": hashlib.sha256(table.table_path().read_bytes()).hexdigest()}
+
+
+def _timed() -> dict[str, Any]:
+    """The same, and how a GPU's times are taken."""
+    from onetrans.bench.timing import METHOD
+
+    return {**_tuned(), "method": METHOD}
 
 
 def _cpu() -> Iterator[Measure]:

@@ -179,6 +179,7 @@ def test_every_field_is_checked_even_under_a_fresh_digest(bundle: Path) -> None:
     free = {
         "name",
         "family",
+        "description",
         "device",
         "weights_sha256",
         "created",

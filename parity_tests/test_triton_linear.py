@@ -17,7 +17,7 @@ from onetrans.kernels.mixed_ffn import kernel as ffn
 from onetrans.kernels.mixed_ffn import mixed_ffn_reference
 from onetrans.kernels.mixed_linear import configs as linear_configs
 from onetrans.kernels.mixed_linear import kernel as linear
-from onetrans.kernels.mixed_linear import keys_into_state, mixed_linear_reference
+from onetrans.kernels.mixed_linear import keys_into_state, keys_into_state_op, mixed_linear_reference
 
 pytestmark = needs_triton
 EPS = 1e-6
@@ -282,7 +282,9 @@ def test_the_op_that_puts_keys_into_slabs_is_mixed_linear_in_double_precision(le
     for found, expected in zip((k_state, v_state), expected_slabs(kv, empty, slots, first, length), strict=True):
         torch.testing.assert_close(found, expected, equal_nan=True)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(keys_into_state, (x, w, gain, EPS, bias, empty, empty.clone(), *integers), test_utils=tests)
+    torch.library.opcheck(
+        keys_into_state_op, (x, w, gain, EPS, bias, empty, empty.clone(), *integers), test_utils=tests
+    )
 
 
 def test_what_the_kernels_cannot_take_is_said():
