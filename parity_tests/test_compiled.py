@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,12 +27,30 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+MODELS = ("onetrans-s", "onetrans-l")
+
+
+def run_of_each_model(*command: Callable[[str], str] | str) -> list[subprocess.CompletedProcess[str]]:
+    """Runs a command for every model, side by side: tracing and compiling use one core each."""
+    with ThreadPoolExecutor() as pool:
+        words = [[part if isinstance(part, str) else part(model) for part in command] for model in MODELS]
+        return list(pool.map(lambda each: run(*each), words))
+
+
 def test_every_kernel_compiles_for_every_architecture_and_has_no_fault(tmp_path: Path) -> None:
-    command = ("-m", "benchmarks", "--suite", "compiled", "--json", "--artefacts", str(tmp_path / "kernels"))
-    done = run(*command, "--output", str(tmp_path), "--only", "onetrans-s/bf16", "--only", "onetrans-l/bf16")
-    assert done.returncode == 0, done.stderr[-3000:]
-    measures = json.loads(done.stdout)["measures"]
-    assert set(measures) == {f"{m}/bf16/sm_{arch}" for m in ("onetrans-s", "onetrans-l") for arch in (80, 90, 100)}
+    done = run_of_each_model(
+        *("-m", "benchmarks", "--suite", "compiled", "--json", "--only", lambda model: f"{model}/bf16"),
+        *(
+            "--artefacts",
+            lambda model: str(tmp_path / model / "kernels"),
+            "--output",
+            lambda model: str(tmp_path / model),
+        ),
+    )
+    for each in done:
+        assert each.returncode == 0, each.stderr[-3000:]
+    measures = {name: measure for each in done for name, measure in json.loads(each.stdout)["measures"].items()}
+    assert set(measures) == {f"{m}/bf16/sm_{arch}" for m in MODELS for arch in (80, 90, 100)}
     assert all(row["value"] == 0 for m in measures.values() for row in m["rows"] if row["name"].endswith("faults"))
     assert not any(measure.get("failed") for measure in measures.values())
     assert all(len(measure["tuned_sha256"]) == 64 for measure in measures.values())
@@ -46,7 +66,7 @@ def test_every_kernel_compiles_for_every_architecture_and_has_no_fault(tmp_path:
         if row["entry"] not in ("candidate_fold_kernel", "queried_rows_kernel"):
             wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[row["capability"]]
             assert row["matrix"][wanted] > 0, row["name"]
-    kept = sorted((tmp_path / "kernels" / "sm_90").iterdir())
+    kept = sorted(path for model in MODELS for path in (tmp_path / model / "kernels" / "sm_90").iterdir())
     assert {path.suffix for path in kept} == {".ptx", ".cubin", ".json"}
     assert len(kept) == 3 * sum(row["capability"] == 90 for row in variants)
     for path in kept:
@@ -58,27 +78,25 @@ def test_every_kernel_compiles_for_every_architecture_and_has_no_fault(tmp_path:
 
 
 COUNT = """
-import itertools, torch
+import itertools, sys, torch
 from benchmarks.cases.compiled import launched, lowered_model
 from onetrans.kernels.launch.config import Device
 
-for name in ("onetrans-s", "onetrans-l"):
-    model, device = lowered_model(name, torch.bfloat16), Device(capability=90)
-    few = launched(model, device)
-    sizes = [*itertools.product((1, 2, 5), (1, 7, 100, 501), (1, 63, 64, 200)), (1, 2000, 90)]
-    many = launched(model, device, sizes)
-    print(name, len(few), len(many), {v.name for v in few} == {v.name for v in many})
+name = sys.argv[1]
+model, device = lowered_model(name, torch.bfloat16), Device(capability=90)
+few = launched(model, device)
+sizes = [*itertools.product((1, 2, 5), (1, 7, 100, 501), (1, 63, 64, 200)), (1, 2000, 90)]
+many = launched(model, device, sizes)
+print(name, len(few), len(many), {v.name for v in few} == {v.name for v in many})
 """
 
 
 def test_the_number_of_variants_does_not_depend_on_the_requests() -> None:
-    done = run("-c", COUNT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for line in done.stdout.splitlines():
-        name, few, many, same = line.split()
-        assert (int(many), same) == (int(few), "True"), name
+    for model, done in zip(MODELS, run_of_each_model("-c", COUNT, str), strict=True):
+        assert done.returncode == 0, done.stderr[-3000:]
+        name, few, many, same = done.stdout.split()
+        assert (name, int(many), same) == (model, int(few), "True")
         assert int(many) <= MOST, name
-    assert len(done.stdout.splitlines()) == 2
 
 
 def test_interpreted_kernels_cannot_be_compiled() -> None:
