@@ -1,6 +1,6 @@
-"""Output that is there whole or not at all: written beside its place, flushed to the disk, then renamed.
+"""Output that is there whole or not at all: written beside its path, flushed to the disk, then renamed.
 
-A process that is killed leaves `.NAME.PID.HEX.unfinished` behind; the next writer of the same place removes it.
+A process that is killed leaves `.NAME.PID.HEX.unfinished` behind; the next writer of the same path removes it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         JobError: The disk refused.
     """
     path = Path(path)
-    with _unfinished(path, Path.mkdir) as place:
-        yield place
-        mode = FILE_MODE & place.stat().st_mode  # a new folder has every bit that the umask leaves
-        for folder, _, names in os.walk(place):
+    with _unfinished(path, Path.mkdir) as draft:
+        yield draft
+        mode = FILE_MODE & draft.stat().st_mode  # a new folder has every bit that the umask leaves
+        for folder, _, names in os.walk(draft):
             for name in names:
                 _flush(Path(folder, name), mode)
             _flush(Path(folder))
-        _rename(place, path)
+        _rename(draft, path)
 
 
 def write_new_text(path: str | Path, text: str) -> None:
@@ -51,10 +51,10 @@ def write_new_text(path: str | Path, text: str) -> None:
         JobError: The disk refused.
     """
     path = Path(path)
-    with _unfinished(path, _touch) as place:
-        place.write_text(text, encoding="utf-8")
-        _flush(place)
-        _rename(place, path)
+    with _unfinished(path, _touch) as draft:
+        draft.write_text(text, encoding="utf-8")
+        _flush(draft)
+        _rename(draft, path)
 
 
 def replace_text(path: str | Path, text: str) -> None:
@@ -64,21 +64,21 @@ def replace_text(path: str | Path, text: str) -> None:
         JobError: The disk refused.
     """
     path = Path(path)
-    with _unfinished(path, _touch, replace=True) as place:
-        place.write_text(text, encoding="utf-8")
-        _flush(place)
-        place.replace(path)
+    with _unfinished(path, _touch, replace=True) as draft:
+        draft.write_text(text, encoding="utf-8")
+        _flush(draft)
+        draft.replace(path)
         _flush(path.parent)
 
 
-def _touch(place: Path) -> None:
-    place.touch(FILE_MODE)
+def _touch(draft: Path) -> None:
+    draft.touch(FILE_MODE)
 
 
 @contextmanager
 def _unfinished(path: Path, make: Callable[[Path], None], *, replace: bool = False) -> Iterator[Path]:
     """Makes something beside `path`, in a folder made where it must be; where the block fails, all of it vanishes."""
-    place = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.unfinished"
+    draft = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.unfinished"
     made: list[Path] = []
     try:
         if not replace:
@@ -86,24 +86,24 @@ def _unfinished(path: Path, make: Callable[[Path], None], *, replace: bool = Fal
         made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(path)
-        make(place)
-        with _locked(place):
-            yield place
+        make(draft)
+        with _locked(draft):
+            yield draft
     except (OSError, SafetensorError) as error:  # safetensors wraps what the disk refused it
-        _remove(place, made)
+        _remove(draft, made)
         raise JobError(f"{path} could not be written: {error}") from error
     except BaseException:
-        _remove(place, made)
+        _remove(draft, made)
         raise
 
 
-def _remove(place: Path, folders: list[Path]) -> None:
+def _remove(draft: Path, folders: list[Path]) -> None:
     """Removes what it can; where the disk refuses, the error that led here is the one to report."""
     with suppress(OSError):
-        if place.is_dir():
-            shutil.rmtree(place, ignore_errors=True)
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
         else:
-            place.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
     for folder in folders:
         with suppress(OSError):  # never made, or another process fills it
             folder.rmdir()
@@ -114,10 +114,10 @@ def _refuse_existing(path: Path) -> None:
         raise OutputExistsError(f"{path} exists already; name another path or remove it")
 
 
-def _rename(place: Path, path: Path) -> None:
+def _rename(draft: Path, path: Path) -> None:
     _refuse_existing(path)  # a rename would replace a file or an empty folder that came meanwhile
     try:
-        place.rename(path)
+        draft.rename(path)
     except OSError:
         _refuse_existing(path)
         raise
@@ -139,9 +139,9 @@ def _flush(path: Path, mode: int | None = None) -> None:
 
 
 @contextmanager
-def _locked(place: Path) -> Iterator[None]:
+def _locked(draft: Path) -> Iterator[None]:
     """Holds a lock that ends with this process, by which others know that it lives, in whatever container."""
-    descriptor = os.open(place, os.O_RDONLY)
+    descriptor = os.open(draft, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks leaves the process id
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,16 +159,16 @@ def _remove_dead(path: Path) -> None:
             _remove(entry, [])
 
 
-def _is_dead(place: Path, pid: int) -> bool:
+def _is_dead(draft: Path, pid: int) -> bool:
     """Whether the writer's process is gone and nobody holds its lock."""
     try:
         if pid == os.getpid():
             # Another thread's; or, in a restarted container, that of a killed writer which had our process id.
-            if place.lstat().st_mtime >= STARTED:
+            if draft.lstat().st_mtime >= STARTED:
                 return False
         elif _is_alive(pid):
             return False
-        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
