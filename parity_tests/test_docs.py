@@ -15,8 +15,10 @@ import click
 import pytest
 
 from onetrans.cli.main import COMMANDS, cli
+from onetrans.features.logs import write_logs
 from onetrans.features.requests import read_requests
 from onetrans.model.presets import preset
+from onetrans.model.training.config import SyntheticConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -105,8 +107,9 @@ def test_snippets_and_commands_run_as_typed(
 ) -> None:
     """In one folder, in the page's order; `onetrans train` alone is not repeated: the demo types it."""
     write_request(tmp_path)
+    outputs = {words[words.index("--output") + 1] for words in cli_commands(page) if "--output" in words}
     for name, source in (("checkpoint", tiny_checkpoint), ("bundle", tiny_bundle)):
-        if page != README:
+        if name not in outputs:
             shutil.copytree(source, tmp_path / name)
     snippets: list[str] = []
     for language, body in BLOCK.findall(page.read_text(encoding="utf-8")):
@@ -117,6 +120,9 @@ def test_snippets_and_commands_run_as_typed(
                 words = shlex.split(line, comments=True)
                 if words[:2] == ["onetrans", "train"]:
                     shutil.copytree(tiny_checkpoint, tmp_path / words[words.index("--output") + 1])
+                    if "--write-logs" in words:
+                        logs = SyntheticConfig(users=20, requests_per_user=2).logs(preset("tiny"))
+                        write_logs(logs, tmp_path / words[words.index("--write-logs") + 1])
                 elif words and words[0].startswith("onetrans"):
                     run(words, tmp_path)
                 elif words and words[0] not in ("make", "pip") and not line.startswith(MEASURING):
