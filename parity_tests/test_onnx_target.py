@@ -201,9 +201,9 @@ def test_two_exports_of_the_same_weights_have_the_same_graphs(tmp_path):
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_lowered_is_refused_in_one_line(tmp_path, monkeypatch):
-    from onetrans.export.targets.onnx import target
+    from onetrans.export.targets.onnx import graph
 
-    monkeypatch.delitem(target.LOWERINGS, "candidate_attention")
+    monkeypatch.delitem(graph.LOWERINGS, "candidate_attention")
     model = random_model(small_config(layers=1, explicit_keep=(64,)), seed=3)
     with pytest.raises(ExportError, match="decode cannot be lowered to ONNX") as raised:
         export(model, tmp_path / "bundle", SMALL)

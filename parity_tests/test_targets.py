@@ -103,6 +103,7 @@ def test_a_target_of_another_package_is_exported_verified_scored_and_benched(
     assert (record["bundle"]["target"], record["bundle"]["device"]) == ("toy", "toybox")
     doctor = json.loads(run_toy("doctor", "--json").stdout)
     assert doctor["missing"]["serve toy bundles"] == ["toy-engine"]
+    assert doctor["missing"]["use target broken"] == ["broken"]
     assert "toy" in run_toy("export", "--help").stdout
     assert error_line(run_toy("verify", toy, "--device", "cpu"), 2).endswith(
         "cannot run on 'cpu'; target toy runs it on toybox"

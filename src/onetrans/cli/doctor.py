@@ -15,6 +15,7 @@ from rich.table import Table
 from onetrans import __version__
 from onetrans.cli.console import print_json, print_table
 from onetrans.cli.options import Verb, json_option
+from onetrans.errors import ConfigError
 from onetrans.runtime import targets
 
 OWN_PACKAGES = ("numpy", "safetensors", "pyarrow", "triton")
@@ -35,7 +36,12 @@ def abilities() -> list[Ability]:
         Ability("read and write Parquet logs", (("pyarrow",),), f'pip install "{targets.PACKAGE}[serve]"'),
         Ability("train", (("torch",), ("pyarrow",)), f'pip install "{targets.PACKAGE}[cpu]"'),
     ]
-    for row in map(targets.find, targets.names()):
+    for name in targets.names():
+        try:
+            row = targets.find(name)
+        except ConfigError as error:  # another package's, which doctor is there to tell
+            found.append(Ability(f"use target {name}", ((name,),), str(error)))
+            continue
         found.append(Ability(f"export to {row.name}", row.export_packages, row.install_hint(row.export_extra)))
         found.append(Ability(f"serve {row.name} bundles", row.serve_packages, row.install_hint(row.serve_extra)))
     return found
