@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -198,3 +199,16 @@ def test_files_are_short() -> None:
     paths = [*MODULES, *TESTS, *BENCHMARKS]
     assert len(MODULES) > 60
     assert named(path for path in paths if len(path.read_text(encoding="utf-8").splitlines()) > LONGEST) == []
+
+
+def test_descriptions_name_the_thing() -> None:
+    """No docstring, nor what it says of an argument or attribute, begins with "Of": alone it would say nothing."""
+    pattern = re.compile(r'^\s+\w+: Of |"""Of ')
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for folder in ("src", "benchmarks")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if pattern.search(line)
+    ]
+    assert found == []

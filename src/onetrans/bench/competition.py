@@ -143,12 +143,12 @@ def compete(
     """Judges, then times in turn; adds a figure per contestant to the outcome. Gives the samples of those that ran.
 
     Args:
-        context: Of the run.
+        context: The run's context.
         outcome: Takes figures and samples; who fails or cannot run is recorded without times.
         case: Names what is computed.
         contestants: Each is judged before it is timed.
         work: For floor, achieved rates and prediction.
-        dtype: Of the operands.
+        dtype: Dtype of the operands.
         launched: Which contestants are ours, and how many kernels each launches; None for one of each of the work's
             parts.
         **extra: Further facts for every figure.

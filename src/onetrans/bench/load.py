@@ -26,7 +26,7 @@ class LoadConfig:
         candidates: Candidates of each request.
         spread: `fixed`: every request is of that size. `uniform`: events uniform in 0 … `events` and candidates uniform
             in 1 … `candidates`, independently.
-        seed: Of sizes and values.
+        seed: Seed of sizes and values.
     """
 
     events: int

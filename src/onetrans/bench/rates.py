@@ -122,7 +122,7 @@ def work_of(products: Iterable[Product], dtype: str, *, activations: bool = Fals
 
     Args:
         products: What is computed.
-        dtype: Of all operands.
+        dtype: Dtype of all operands.
         activations: Count what lies between products as read and written; else it stays on the chip, and bytes are
             those of weights, and of K and V once.
     """

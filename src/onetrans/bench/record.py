@@ -36,11 +36,11 @@ def make_record(
     """One latency measurement as plain data.
 
     Args:
-        manifest: Of the bundle.
+        manifest: The bundle's manifest.
         samples: Raw seconds.
         load: What was asked of it.
-        threads: Of the backend; None is the backend's choice.
-        parity: How far the bundle was from gold when it was measured.
+        threads: Threads of the backend; None is the backend's choice.
+        parity: How far the bundle was from the reference when it was measured.
         notes: What a reader must know.
     """
     return {

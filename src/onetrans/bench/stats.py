@@ -37,7 +37,7 @@ def percentiles(samples: ArrayLike, *, ranks: Sequence[int] = RANKS, seed: int =
     Args:
         samples: At least LEAST_SAMPLES finite numbers, in any order.
         ranks: Percent, each in 0 … 100.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
         ConfigError: Too few samples, or one that is not finite.

@@ -124,7 +124,7 @@ def _read_json(path: Path) -> object:
 def _read_log_requests(folder: Path, schema: FeatureSchema) -> list[Request]:
     logs = read_logs(folder)
     _check_same_data(logs.schema, schema, folder)
-    # The window is the reader's affair: histories are given whole.
+    # The reader chooses the window: histories are given whole.
     requests = Requests(logs, max_history=1)
     behaviours = np.array(schema.behaviours)
     found: list[Request] = []
@@ -144,7 +144,7 @@ def _read_log_requests(folder: Path, schema: FeatureSchema) -> list[Request]:
 
 
 def _check_same_data(logged: FeatureSchema, schema: FeatureSchema, folder: Path) -> None:
-    """The values must mean the same; embedding dims, tables and groups are the model's affair."""
+    """The values must mean the same; embedding dims, tables and groups are the model's own."""
     if logged.behaviours != schema.behaviours:
         raise DataError(f"{folder}: its behaviours are {logged.behaviours}, the model's {schema.behaviours}")
     theirs, ours = ({(part, f.name): (f.kind, f.vocab, f.width) for part, f in s.features()} for s in (logged, schema))

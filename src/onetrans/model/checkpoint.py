@@ -58,7 +58,7 @@ def load_checkpoint(folder: str | Path, *, dtype: torch.dtype = torch.float32) -
     Args:
         folder: What `save_checkpoint` wrote. The weights may also be shards that `model.safetensors.index.json` lists,
             and `weights_sha256` may be left out of a `config.json` written by hand.
-        dtype: Of the weights; they are cast where they were saved in another.
+        dtype: Dtype of the weights; they are cast where they were saved in another.
 
     Raises:
         CheckpointError: The folder is missing, incomplete, truncated, corrupt, foreign, a pickle or too new; or the

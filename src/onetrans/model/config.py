@@ -41,17 +41,17 @@ class ModelConfig:
         heads: Attention heads; d is a multiple.
         layers: Blocks.
         ffn_ratio: Feed-forward width over d.
-        activation: Of feed-forwards and MLPs.
+        activation: Activation of feed-forwards and MLPs.
         gated: Gated feed-forward (activation(gate) times value).
         bias: Biases in the blocks' projections.
         norm_gain: One RMSNorm gain per layer for all tokens (default), or one for S and one per NS position.
         output_projection: W_O: per NS position and one for S (default), one for all tokens, or none.
-        eps: Of RMSNorm.
+        eps: Added to the mean square in RMSNorm.
         positions: None (default; the paper names only the type indicator), or sinusoidal from the history's start.
         max_history: Most S-tokens that a fresh window holds at an anchor (keep_0).
         append_chunk: Chunk c of the anchored windows; 1 is the paper's sliding tail.
-        schedule: Of the pyramid: `linear` (first layer full), `linear_shrunk` (shrunk from the first layer), `none`,
-            or `explicit`.
+        schedule: How the pyramid shrinks: `linear` (first layer full), `linear_shrunk` (shrunk from the first layer),
+            `none`, or `explicit`.
         explicit_keep: Queried S-tokens per layer for `explicit`.
         head_pooling: What the heads read of the NS-tokens after the final norm.
         head_hidden: Hidden width of each task head.

@@ -37,8 +37,8 @@ class Trace:
     Attributes:
         time: Seconds [R]; those before 0 are the past, of which nothing is counted.
         user: From 0 [R].
-        tokens: Of the user's history [R].
-        fresh: Of these, new since the user's last request [R]; 0 where the trace knows no earlier one.
+        tokens: S-tokens of the user's history [R].
+        fresh: Tokens of these that are new since the user's last request [R]; 0 where the trace knows no earlier one.
         context: Names profile and context [R].
     """
 
@@ -80,7 +80,7 @@ class Arrivals:
         return_events: Mean new events between two sessions, Poisson: those made elsewhere, as in search.
         context_seconds: For how long profile and context stand still: the presets' context is the hour. Where every
             request has another one, 0.001.
-        seed: Of all that is drawn.
+        seed: Seed of all that is drawn.
     """
 
     users: int

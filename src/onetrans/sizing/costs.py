@@ -32,7 +32,7 @@ class Costs:
     Attributes:
         prefill: Where there is no state to use.
         append: Where a state gets new events, or another profile or context.
-        decode: Of every request, whatever else it costs: encoding, lookup and decode.
+        decode: Milliseconds of every request, whatever else it costs: encoding, lookup and decode.
     """
 
     prefill: float
@@ -60,7 +60,7 @@ def measure(
     Args:
         ranker: With memory for `STATES` users.
         trace: Whose lengths to take.
-        candidates: Of each request.
+        candidates: Candidates of each request.
         progress: Told each stage.
 
     Raises:

@@ -43,7 +43,7 @@ class Replay:
 
     Attributes:
         past: Requests before time 0; they come first.
-        kinds: Of every request [R], the past among them.
+        kinds: Lookup kind of every request [R], the past among them.
         computed: Events computed [R]: the whole window of a prefill, the new ones of an append.
         renewed: Whether the append graph ran [R]: new events on a state, or another profile or context.
         counts: What else the cache did (`evicted`, `expired`) from time 0 on.
@@ -68,7 +68,7 @@ class Machine:
         cached: Users cached in the end.
         bytes_cached: Their states.
         requests: That were counted.
-        shares: Of each lookup kind among them.
+        shares: Share of each lookup kind among them.
         renewed: Share of requests that ran the append graph: `append`, and `reuse` with another profile or context.
         events: Events computed per request.
         evicted: States per request that left for another user's.
@@ -98,7 +98,7 @@ class Plan:
     Attributes:
         machines: The fewest that stay within the utilisation.
         users_per_machine: Each machine's share of the users.
-        bytes_per_user: Of a state.
+        bytes_per_user: Bytes of a state.
         costs: That were reckoned with.
         at: A machine with the memory that was asked about.
         half: The same machine with half of it; None where that holds no two users.
@@ -125,8 +125,8 @@ def replay(trace: Trace, manifest: Manifest, config: CacheConfig) -> Replay:
 
     Args:
         trace: Requests.
-        manifest: Of the bundle.
-        config: Of the cache; exact reuse and no offload file.
+        manifest: The bundle's manifest.
+        config: The cache's configuration; exact reuse and no offload file.
 
     Raises:
         ConfigError: The memory does not hold two users.
@@ -182,10 +182,10 @@ def make_plan(
     and the shares are those of a machine's replay; so the fewest machines M are sought that need at most M.
 
     Args:
-        manifest: Of the bundle.
+        manifest: The bundle's manifest.
         arrivals: The load.
-        config: Of the cache of one machine.
-        costs: Of a request's parts on such a machine.
+        config: Configuration of the cache of one machine.
+        costs: Milliseconds of a request's parts on such a machine.
         requests: To replay for one machine, about.
         utilisation: Share of its time that a machine may work: above 0, at most 1.
         progress: Told each stage.

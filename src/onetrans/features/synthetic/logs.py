@@ -108,7 +108,7 @@ def simulate(
         candidates_per_request: Distinct items shown per request: popular, of the user's interests, and random.
         items: Items in the catalogue; as many as the schema has room for if left out.
         days: Time that the requests span.
-        seed: Of all that is random.
+        seed: Seed of all that is random.
         schema: What `log_schema` gives, at the size wanted; made for `items` (2000) if left out.
 
     Returns:

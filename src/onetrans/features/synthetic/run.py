@@ -25,8 +25,8 @@ class Simulation:
 
     Attributes:
         logs: What was recorded.
-        click_probability: Of each impression, float64 [n].
-        conversion_probability: Of each impression, given a click, float64 [n].
+        click_probability: Probability of a click on each impression, float64 [n].
+        conversion_probability: Probability of a conversion of each impression, given a click, float64 [n].
     """
 
     logs: Logs

@@ -19,11 +19,11 @@ class World:
 
     Attributes:
         topic_of: Topic of each category, [categories].
-        category: Of each item, [items].
-        topic: Of each item, [items].
+        category: Category of each item, [items].
+        topic: Topic of each item, [items].
         price: Standardised log price of each item, [items].
         fashion: Log weight of each item, Zipf at first and drifting, [items].
-        age: Of each user, [users].
+        age: Age of each user, [users].
         taste: The log price that a user likes, [users].
         activity: Events per step beside the requests, [users].
         recent: Items clicked last, the latest first, -1 for none, [users, REMEMBERED].

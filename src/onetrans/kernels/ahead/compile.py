@@ -26,7 +26,7 @@ class Variant:
     """One compiled form of a kernel.
 
     Attributes:
-        name: Of the op and what sets this variant apart.
+        name: The op's name and what sets this variant apart.
         kernel: The `triton.jit` function.
         signature: Types of the run-time arguments, in order: pointers and int32.
         constants: Values of the compile-time arguments.
@@ -49,13 +49,13 @@ class Compiled:
     Attributes:
         name: The variant's.
         capability: Compute capability it was compiled for.
-        registers: Of a thread.
+        registers: Registers of a thread.
         spilled: Bytes of registers stored to local memory.
         shared: Bytes of shared memory of a program.
         matrix: Occurrences of each matrix instruction.
         scratch: Bytes of global scratch that a launcher would have to bring.
         entry: Name of the kernel's entry point.
-        warps: Of a program.
+        warps: Warps of a program.
     """
 
     name: str

@@ -30,11 +30,11 @@ class TrainConfig:
         dense_optimizer: `adam` (default: reaches a higher AUC in a short run), or the paper's `rmsprop` (lr 0.005).
         dense_lr: Peak learning rate of all but the embedding tables.
         embedding_lr: Peak learning rate of Adagrad on the embedding tables.
-        weight_decay: Of the dense optimiser.
+        weight_decay: Weight decay of the dense optimiser.
         warmup: Steps of linear warm-up; a half cosine to 5% follows.
         clip: Largest norm of the dense gradients.
         cvr_weight: Weight of every task's loss beside CTR's.
-        seed: Of the initial weights and the order of the batches.
+        seed: Seed of the initial weights and of the order of the batches.
         precision: `fp32`, or `bf16`: autocast over float32 weights.
         recompute: Keep each layer's inputs alone and run it again in the backward pass: less memory, more time.
         checkpoint_every: Steps between checkpoints that a killed run can resume from.
@@ -91,7 +91,7 @@ class SyntheticConfig:
         users: Users of the log.
         requests_per_user: Requests of each.
         candidates_per_request: Candidates shown in each.
-        seed: Of the generator.
+        seed: Seed of the generator.
     """
 
     users: int = 1500

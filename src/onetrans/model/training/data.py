@@ -48,7 +48,7 @@ class TrainingData:
         """Splits a log by time.
 
         Args:
-            logs: Of the model's schema.
+            logs: Logs of the model's schema.
             model: Gives merge, history and chunk.
             train_fraction: Share of the requests, the earliest, to train on.
 
@@ -111,7 +111,7 @@ class TrainingData:
         return np.repeat(index.user_id[requests], index.count[requests])
 
     def sha256(self) -> str:
-        """Of every value of the log, so that a resumed run can tell that it is the same."""
+        """Hashes every value of the log, so that a resumed run can tell that it is the same."""
         digest = hashlib.sha256()
         for table in (self.logs.events, self.logs.impressions):
             for field in dataclasses.fields(table):
@@ -134,7 +134,7 @@ def to_tensors(batch: Batch, device: torch.device) -> Tensors:
 
 
 def _check_same_features(log: FeatureSchema, model: FeatureSchema) -> None:
-    """The values must mean the same; embedding dims, tables and groups are the model's affair."""
+    """The values must mean the same; embedding dims, tables and groups are the model's own."""
     if log.behaviours != model.behaviours:
         raise DataError(f"the log's behaviours are {log.behaviours}, the model's {model.behaviours}; make them equal")
     theirs, ours = ({(part, f.name): (f.kind, f.vocab, f.width) for part, f in s.features()} for s in (log, model))

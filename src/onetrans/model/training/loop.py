@@ -44,8 +44,8 @@ class StepReport:
     Attributes:
         step: Steps done.
         steps: Steps in all.
-        loss: Of this step.
-        auc: Of CTR over the last steps' own batches, before their updates; NaN until both classes were seen.
+        loss: Loss of this step.
+        auc: AUC of CTR over the last steps' own batches, before their updates; NaN until both classes were seen.
         requests_per_second: Since the run began or resumed.
         message: Else to be said once, or empty.
     """
@@ -68,7 +68,7 @@ class TrainResult:
         popularity: The same of the popularity baseline; None where the log names no items.
         steps: Steps trained.
         seconds: Spent training, over all resumptions; evaluation is left out.
-        weights_sha256: Of the weights.
+        weights_sha256: Hash of the weights.
         metrics: All of `metrics.json`.
     """
 

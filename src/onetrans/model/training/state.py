@@ -60,8 +60,8 @@ def load_state(folder: Path, model: OneTrans, optimizers: Optimizers, settings: 
 
     Args:
         folder: What `save_state` filled.
-        model: Of the run's configuration, on its device; its weights are overwritten.
-        optimizers: Of that model.
+        model: A model of the run's configuration, on its device; its weights are overwritten.
+        optimizers: That model's optimisers.
         settings: What must not have changed since.
 
     Raises:

@@ -40,7 +40,7 @@ class Backend(ABC):
     Attributes:
         manifest: The bundle's.
         device: Where it computes and keeps states.
-        dtype: Of the floating state tensors.
+        dtype: Dtype of the floating state tensors.
     """
 
     manifest: Manifest

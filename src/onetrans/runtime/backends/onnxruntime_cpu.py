@@ -121,7 +121,7 @@ class OnnxRuntimeCpu(Backend):
             }
             if len(users) == most == 1:
                 # A single row takes another kernel, which sums in another order (off by up to 20 ulp of the logit):
-                # score it twice, so that a candidate's score does not depend on its company.
+                # score it twice, so that a candidate's score does not depend on who else is scored.
                 candidate = [spec.name for spec in self.manifest.graphs["decode"].inputs if spec.scope == "candidate"]
                 own |= {name: np.repeat(own[name], 2, axis=1) for name in candidate}
             into = [slots[u] for u in users]

@@ -1,6 +1,6 @@
 """Who holds which slot: keyed by model version and user, least recently used out first, in-use ones pinned.
 
-Deals in slot numbers alone; what is in the slots is the backend's and the Ranker's affair. So the sizing model replays
+Deals in slot numbers alone; what is in the slots is for the backend and the Ranker. So the sizing model replays
 requests against this very class without a backend.
 """
 

@@ -117,7 +117,7 @@ def _clean(model: ir.Model, symbols: Mapping[str, str]) -> None:
 
 
 def _merge_reshapes(graph: ir.Graph) -> None:
-    """Of reshapes one after the other only the last one counts, and none that changes nothing.
+    """Keeps only the last of reshapes that follow one another, and none that changes nothing.
 
     ONNX Runtime would carry out each: there were 69 in an append.
     """
