@@ -146,3 +146,12 @@ def test_the_picture_is_that_of_onetrans_s() -> None:
     svg = (ROOT / "docs/split.svg").read_text(encoding="utf-8")
     for text in ("onetrans-s", "k0, v0 [U, L, 4, 64]", "k5, v5", "prefill: once per user", "decode: per candidate"):
         assert text in svg
+
+
+def test_each_kind_of_extension_takes_at_most_three_files() -> None:
+    """docs/extending.md numbers them, each with a link to the place."""
+    _, *sections = (ROOT / "docs/extending.md").read_text(encoding="utf-8").split("\n## ")
+    steps = {section.partition("\n")[0]: re.split(r"\n\d\. ", section)[1:] for section in sections}
+    for kind in ("A target", "A device", "A precision", "A model family", "A semantic op", "A pass"):
+        assert 1 <= len(steps[kind]) <= 3, kind
+        assert all("](../src/onetrans/" in step for step in steps[kind]), kind

@@ -18,7 +18,7 @@ from onetrans.bench.stats import LEAST_PAIRS
 from onetrans.bench.suite import Outcome, Row, estimated
 from onetrans.bench.timing import Blocks, Run, Timer, microseconds, times_faster, typical
 from onetrans.errors import ParityError
-from onetrans.parity.bound import FACTOR, FLOOR_ULP, bound
+from onetrans.parity.bound import bound
 from onetrans.precision import of_torch
 
 OURS = "kernels"
@@ -78,7 +78,7 @@ def compare(
 def compare_programs(out: Values, plain: Values, reference: Values, dtype: torch.dtype) -> Parity:
     """The same for programs, which have several outputs: errors are over each output's largest value, the worst counts.
 
-    The bound is the exporter's: FACTOR times plain PyTorch's and FLOOR_ULP ulp.
+    The bound is the exporter's, of errors relative to the largest value.
 
     Raises:
         ParityError: A whole number (a length) differs.
@@ -94,7 +94,7 @@ def compare_programs(out: Values, plain: Values, reference: Values, dtype: torch
             error, relative = _errors(values[name], wanted)
             into.append((error / largest, relative))
     worst = [[_worst(pair[i] for pair in pairs) for i in (0, 1)] for pairs in (mine, eager)]
-    allowed = [FACTOR * value + FLOOR_ULP * of_torch(dtype).ulp for value in worst[1]]
+    allowed = [bound(value, 1.0, of_torch(dtype).name) for value in worst[1]]
     return Parity(error=worst[0][0], bound=allowed[0], relative=worst[0][1], relative_bound=allowed[1])
 
 
