@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
 DOTTED = re.compile(r"\bonetrans(?:\.\w+)+(?::\w+)?")
+IMPORTED = re.compile(r"^from (onetrans[\w.]*) import ([\w, ]+)$", re.M)
 CALLED = re.compile(r"`(?:\w+\.)?(\w+)\(")
 Name = tuple[str, str]  # module, name
 
@@ -111,8 +112,10 @@ class Uses:
         self.names |= {self._resolve(found.replace(":", ".")) for found in DOTTED.findall(text)}
 
     def read_page(self, text: str) -> None:
-        """The same, and methods that documentation calls: `reload(path)`."""
+        """The same, and what documentation imports, and methods that it calls: `reload(path)`."""
         self.read_text(text)
+        for module, names in IMPORTED.findall(text):
+            self.names |= {self._resolve(f"{module}.{name.strip()}") for name in names.split(",")}
         self.attributes |= set(CALLED.findall(text))
 
     def __contains__(self, name: Name) -> bool:
