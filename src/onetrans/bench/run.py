@@ -19,7 +19,7 @@ from onetrans.runtime.ranker import Ranker
 COMPONENTS = ("encode", "load", "prefill", "append", "decode", "drift", "offload", "whole")
 REQUESTS = 200
 WARMUP = 10
-SPINNING = 0.06  # seconds; ONNX Runtime's workers were seen to spin for 0.042 s after a run
+SPINNING = 0.06  # seconds; an engine's workers were seen to spin for 0.042 s after a run
 GARBAGE_COLLECTOR = "collected before, off while measuring"
 
 

@@ -22,7 +22,7 @@ DEFAULTS = ExportConfig()
     "export",
     cls=Verb,
     examples=(
-        "onetrans export --checkpoint checkpoint --target onnx --output bundle",
+        f"onetrans export --checkpoint checkpoint --target {targets.TABLE[0].name} --output bundle",
         "onetrans export --preset onetrans-s --random-weights --output sized",
     ),
 )
