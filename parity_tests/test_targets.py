@@ -120,6 +120,10 @@ def test_programs_open_only_where_they_are_trusted(bundle: Path, installed: None
     rehash(bundle, lambda body: body.update(target="toy-code", device="toybox"))
     with pytest.raises(BundleError, match=r'holds programs .* open it with trust="code"'):
         Bundle.open(bundle)
+    with pytest.raises(BundleError, match=r'open it with trust="code"'):
+        Ranker.open(bundle)
+    with pytest.raises(BundleError, match="cannot load"):  # trusted, so that the engine is asked; it is no toy's file
+        Ranker.open(bundle, trust="code")
     opened = Bundle.open(bundle, trust="code")
     with pytest.raises(ConfigError, match="cannot run on 'cpu'; target toy-code runs it on toybox"):
         targets.open_backend(opened, "cpu")

@@ -23,7 +23,7 @@ from onetrans.runtime.metrics import Metrics
 from onetrans.runtime.model_version import ModelVersion
 from onetrans.runtime.ranking import BatchRanking, RankingContext
 from onetrans.runtime.scores import Scores
-from onetrans.runtime.targets import open_backend
+from onetrans.runtime.targets import Trust, open_backend
 
 
 class Ranker:
@@ -49,6 +49,7 @@ class Ranker:
         self._version = self._version_of(bundle, backend)
         self._device: str | None = None
         self._options: BackendOptions | None = None
+        self._trust: Trust = "data"
         self._stale = itertools.count(1)
         if metrics is not None:
             metrics.watch(self)
@@ -62,6 +63,7 @@ class Ranker:
         options: BackendOptions | None = None,
         cache: CacheConfig | None = None,
         metrics: Metrics | None = None,
+        trust: Trust = "data",
     ) -> Ranker:
         """Opens a bundle for ranking.
 
@@ -71,15 +73,16 @@ class Ranker:
             options: What the backend may use, as its threads; its own choice if left out.
             cache: Memory for users' states and what to do with it; without, every request is prefilled.
             metrics: Where to count and time; nowhere if left out.
+            trust: `code` also opens a bundle whose files are programs, here and at `reload`; see `Bundle.open`.
 
         Raises:
             BundleError: The bundle cannot be opened.
             ConfigError: The memory does not hold two users, or the target does not run on the device.
             MissingDependencyError: The backend's package, driver or device is absent.
         """
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, trust=trust)
         ranker = cls(bundle, open_backend(bundle, device, options), cache, metrics)
-        ranker._device, ranker._options = device, options
+        ranker._device, ranker._options, ranker._trust = device, options, trust
         return ranker
 
     @property
@@ -147,7 +150,7 @@ class Ranker:
             BundleError: The bundle cannot be opened, or its states have another layout or precision; the version in use
                 and its states stay.
         """
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, trust=self._trust)
         now, new = self.bundle.manifest, bundle.manifest
         for name in ("target", "precision", "state", "pyramid"):
             if getattr(now, name) != getattr(new, name):
