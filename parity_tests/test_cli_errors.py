@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import pickle
@@ -284,7 +285,10 @@ def test_a_stopped_export_leaves_nothing(
     one_layer_checkpoint: Path, tmp_path: Path, sent: signal.Signals, status: int, last: str | None
 ) -> None:
     command = [*MAIN, "export", "--checkpoint", str(one_layer_checkpoint), "--output", str(tmp_path / "new" / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A suite that a shell runs in the background ignores ^C, and so would the command: as at a terminal, it does not.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard) as process:
         assert process.stderr
         first = [process.stderr.readline(), process.stderr.readline()]
         assert first[1].endswith(": capture\n")
